@@ -1,0 +1,407 @@
+/*
+ * The fd monitor: set-up, the table of watches, run-time downgrade. The contract stands in fdmon.h.
+ *
+ * Why it exists: everything that is the same for io_uring, epoll and poll stands here once. Promise: the floor (poll) is set
+ * first, and whatever replaces it or is lost afterwards, every live watch moves along.
+ */
+#define _GNU_SOURCE
+#include "fdmon.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { WATCHES_MIN = 64 };
+
+uint32_t ul_poll_mask(uint32_t events) {
+    return (uint32_t)(((events & UL_READ) ? POLLIN : 0) | ((events & UL_WRITE) ? POLLOUT : 0));
+}
+
+/* ---- lists of descriptors: room for every watch is reserved when the table grows, so a push cannot fail ---- */
+
+static void compact(ul_fd_list *list) {
+    memmove(list->fds, list->fds + list->first, (list->count - list->first) * sizeof *list->fds);
+    list->count -= list->first;
+    list->first = 0;
+}
+
+void ul_fd_list_push(ul_fd_list *list, int fd) {
+    if (list->count == list->cap)
+        compact(list);
+    list->fds[list->count++] = fd;
+}
+
+bool ul_fd_list_empty(const ul_fd_list *list) { return list->first == list->count; }
+
+int ul_fd_list_pop(ul_fd_list *list) {
+    if (ul_fd_list_empty(list))
+        return -1;
+    int fd = list->fds[list->first++];
+    if (ul_fd_list_empty(list))
+        list->first = list->count = 0;
+    return fd;
+}
+
+static int reserve(ul_fd_list *list, size_t watches_cap) {
+    size_t cap = 2 * watches_cap; /* twice, so that compact() moves each entry at most once per watches_cap pushes */
+    int32_t *fds = realloc(list->fds, cap * sizeof *fds);
+    if (!fds)
+        return -ENOMEM;
+    list->fds = fds;
+    list->cap = cap;
+    return 0;
+}
+
+static int grow_table(ul_fdmon *mon, int fd) {
+    if ((size_t)fd < mon->watches_cap)
+        return 0;
+    size_t cap = mon->watches_cap ? mon->watches_cap : WATCHES_MIN;
+    while (cap <= (size_t)fd)
+        cap *= 2;
+    if (reserve(&mon->pending, cap) < 0 || reserve(&mon->ready, cap) < 0)
+        return -ENOMEM;
+    ul_watch *watches = realloc(mon->watches, cap * sizeof *watches);
+    if (!watches)
+        return -ENOMEM;
+    memset(watches + mon->watches_cap, 0, (cap - mon->watches_cap) * sizeof *watches);
+    mon->watches = watches;
+    mon->watches_cap = cap;
+    return 0;
+}
+
+/* ---- collecting and handing over ---- */
+
+static void push_ready(ul_fdmon *mon, int fd) {
+    ul_watch *watch = &mon->watches[fd];
+    if (watch->on_ready || !watch->revents)
+        return;
+    watch->on_ready = true;
+    ul_fd_list_push(&mon->ready, fd);
+}
+
+/* As EpollSelector reads them: whatever is not POLLOUT alone wakes a reader, whatever is not POLLIN alone wakes a writer, so
+ * HUP and ERR wake both. Bits nobody asked for (io_uring adds POLLRDHUP) are dropped first. */
+void ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents) {
+    ul_watch *watch = &mon->watches[fd];
+    revents &= ul_poll_mask(watch->events) | POLLERR | POLLHUP;
+    uint32_t events = ((revents & ~(uint32_t)POLLOUT) ? UL_READ : 0) | ((revents & ~(uint32_t)POLLIN) ? UL_WRITE : 0);
+    watch->revents |= (uint8_t)(events & watch->events);
+    push_ready(mon, fd);
+}
+
+void ul_fdmon_park(ul_fdmon *mon, int fd) {
+    mon->watches[fd].parked = true;
+    mon->watches[fd].revents = mon->watches[fd].events;
+    push_ready(mon, fd);
+}
+
+int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
+    int n = 0;
+    while (n < out_max && !ul_fd_list_empty(&mon->ready)) {
+        int fd = ul_fd_list_pop(&mon->ready);
+        ul_watch *watch = &mon->watches[fd];
+        watch->on_ready = false;
+        if (watch->revents) { /* 0: removed or changed since it was collected */
+            out[n].fd = fd;
+            out[n++].events = watch->revents;
+            watch->revents = 0;
+        }
+    }
+    return n;
+}
+
+/* The outer loop watches the eventfd only. It stays readable while anything waits for a turn: changes not yet submitted (a poll
+ * that nobody submits fires never) and events not yet handed over. */
+void ul_fdmon_want_turn(ul_fdmon *mon) {
+    if (mon->eventfd >= 0) {
+        ssize_t ignored = write(mon->eventfd, &(uint64_t){1}, sizeof(uint64_t));
+        (void)ignored; /* EAGAIN: the counter is full, so it is readable */
+    }
+}
+
+static void forget_wanted_turn(ul_fdmon *mon) {
+    uint64_t count;
+    if (mon->eventfd >= 0) {
+        ssize_t ignored = read(mon->eventfd, &count, sizeof count);
+        (void)ignored; /* EAGAIN: it was not readable */
+    }
+}
+
+/* ---- choosing a monitor ---- */
+
+static int refused(ul_fdmon *mon, const char *step, int err) {
+    if (step)
+        mon->refused_step = step;
+    mon->refused_errno = -err;
+    return err;
+}
+
+static int choose(ul_fdmon *mon, ul_ring *spare) {
+    int ret = ul_fdmon_poll_setup(mon); /* the floor needs nothing from the kernel */
+    if (ret == 0 && (mon->kind == UL_AUTO || mon->kind == UL_IO_URING)) {
+        ret = ul_fdmon_io_uring_setup(mon, spare);
+        if (ret == 0)
+            return 0;
+        refused(mon, NULL, ret);
+    } else if (spare) {
+        ul_ring_free(spare);
+    }
+    if (ret == 0 && mon->kind == UL_POLL)
+        return 0;
+    if (mon->kind == UL_AUTO || mon->kind == UL_EPOLL) {
+        ret = ul_fdmon_epoll_setup(mon);
+        if (ret < 0 && (mon->kind == UL_EPOLL || !mon->refused_step))
+            refused(mon, "epoll_create1", ret);
+    }
+    return mon->kind == UL_AUTO ? 0 : ret;
+}
+
+static void free_monitor(ul_fdmon *mon) {
+    if (mon->eventfd >= 0)
+        close(mon->eventfd);
+    pthread_mutex_destroy(&mon->lock);
+    free(mon->watches);
+    free(mon->pending.fds);
+    free(mon->ready.fds);
+    free(mon->requests);
+    free(mon->epoll_events);
+    free(mon->pollfds);
+    free(mon->pollfds_in_kernel);
+    free(mon);
+}
+
+int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_info *info) {
+    ul_fdmon *mon = calloc(1, sizeof *mon);
+    memset(info, 0, sizeof *info);
+    if (!mon) {
+        ul_ring_free(spare);
+        return -ENOMEM;
+    }
+    pthread_mutex_init(&mon->lock, NULL);
+    mon->kind = kind;
+    mon->eventfd = mon->epoll_fd = -1;
+    int ret = choose(mon, spare);
+    ul_fdmon_setup_info(mon, info);
+    if (ret < 0) {
+        if (mon->ops)
+            mon->ops->close(mon, 0);
+        free_monitor(mon);
+        return ret;
+    }
+    *out = mon;
+    return 0;
+}
+
+int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
+    *spare = NULL;
+    pthread_mutex_lock(&mon->lock);
+    bool waiting = mon->waiting;
+    if (!waiting) {
+        *spare = ul_fdmon_io_uring_release(mon);
+        mon->ops->close(mon, 0);
+    }
+    pthread_mutex_unlock(&mon->lock);
+    if (waiting)
+        return -EBUSY;
+    free_monitor(mon);
+    return 0;
+}
+
+/* ---- losing a monitor ---- */
+
+/* The kernel takes io_uring away (a seccomp filter installed later, a descriptor closed behind our back): the same watches go
+ * on living on epoll, on poll if even that fails. Level-triggered readiness makes this lossless: whatever is ready is reported
+ * by the next monitor again. Tests: test_traffic_survives_a_seccomp_filter_installed_later. */
+static void downgrade(ul_fdmon *mon, int err) {
+    bool was_epoll = mon->ops == NULL || strcmp(mon->ops->name, "epoll") == 0;
+    if (mon->ops) {
+        refused(mon, was_epoll ? "epoll_wait" : "io_uring_enter", err);
+        mon->ops->close(mon, err);
+    }
+    mon->stale = false;
+    if (was_epoll || ul_fdmon_epoll_setup(mon) < 0)
+        ul_fdmon_poll_setup(mon);
+    mon->downgrades++;
+    mon->downgrade_unreported = true;
+    ul_fdmon_want_turn(mon);
+}
+
+/* Makes the kernel objects again after a fork or a drop. Asked for by every verb that needs them. */
+static void renew(ul_fdmon *mon) {
+    if (!mon->stale)
+        return;
+    mon->stale = false;
+    int ret = strcmp(mon->ops->name, "epoll") == 0 ? ul_fdmon_epoll_setup(mon) : 0;
+    if (ret < 0)
+        downgrade(mon, ret);
+}
+
+void ul_fdmon_after_fork_in_child(ul_fdmon *mon) {
+    pthread_mutex_init(&mon->lock, NULL); /* the thread that held it may not exist here */
+    mon->waiting = false;
+    ul_fdmon_io_uring_after_fork(mon);
+    if (mon->epoll_fd >= 0)
+        close(mon->epoll_fd);
+    if (mon->eventfd >= 0)
+        close(mon->eventfd);
+    mon->epoll_fd = mon->eventfd = -1;
+    mon->stale = true;
+}
+
+/* ---- the public verbs ---- */
+
+/* epoll refuses what has no poll method; io_uring would report it as always ready. A socket and a FIFO always have one; anything
+ * else is asked once, of epoll itself, so that the answer is the one users of EpollSelector know. */
+int ul_fd_pollable(int fd) {
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return -errno;
+    if (S_ISSOCK(st.st_mode) || S_ISFIFO(st.st_mode))
+        return 0;
+    int probe = epoll_create1(EPOLL_CLOEXEC);
+    if (probe < 0)
+        return S_ISREG(st.st_mode) || S_ISDIR(st.st_mode) ? -EPERM : 0;
+    struct epoll_event event = {.events = EPOLLIN};
+    int ret = epoll_ctl(probe, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+    close(probe);
+    return ret;
+}
+
+static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
+    int ret = grow_table(mon, fd);
+    if (ret < 0)
+        return ret;
+    ul_watch *watch = &mon->watches[fd];
+    ul_watch before = *watch;
+    if (before.events == 0 && events == 0)
+        return 0;
+    watch->events = (uint8_t)events;
+    watch->revents = 0;
+    watch->parked = false;
+    ret = mon->ops->update(mon, fd, before.events);
+    watch = &mon->watches[fd];
+    if (ret < 0 && events) {
+        watch->events = before.events;
+        watch->revents = before.revents;
+        watch->parked = before.parked;
+        return ret;
+    }
+    mon->watches_live += (events != 0);
+    mon->watches_live -= (before.events != 0);
+    return 0;
+}
+
+int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
+    if (!mon || fd < 0)
+        return -EBADF;
+    if (events & ~(uint32_t)(UL_READ | UL_WRITE))
+        return -EINVAL;
+    pthread_mutex_lock(&mon->lock);
+    renew(mon);
+    int ret = set_watch(mon, fd, events);
+    if (ret == 0)
+        ul_fdmon_want_turn(mon);
+    pthread_mutex_unlock(&mon->lock);
+    return ret;
+}
+
+static int wait_or_downgrade(ul_fdmon *mon, int64_t timeout_ns) {
+    int ret = mon->ops->wait(mon, timeout_ns);
+    for (int lost = 0; ret < 0 && lost < 2 && strcmp(mon->ops->name, "poll") != 0; lost++) {
+        downgrade(mon, ret);
+        ret = mon->ops->wait(mon, 0);
+    }
+    return ret;
+}
+
+int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max) {
+    if (!mon)
+        return -EBADF;
+    pthread_mutex_lock(&mon->lock);
+    int ret = -EBUSY;
+    if (!mon->waiting) {
+        mon->turns++;
+        renew(mon);
+        forget_wanted_turn(mon);
+        if (!ul_fd_list_empty(&mon->ready))
+            timeout_ns = 0;
+        ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? wait_or_downgrade(mon, timeout_ns) : 0;
+        if (ret >= 0)
+            ret = mon->ops->dispatch(mon, out, out_max);
+        if (!ul_fd_list_empty(&mon->pending) || !ul_fd_list_empty(&mon->ready))
+            ul_fdmon_want_turn(mon);
+        if (ret >= 0 && mon->downgrade_unreported) {
+            mon->downgrade_unreported = false;
+            ret |= UL_DOWNGRADED;
+        }
+    }
+    pthread_mutex_unlock(&mon->lock);
+    return ret;
+}
+
+int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max) {
+    pthread_mutex_lock(&mon->lock);
+    int n = mon->ops->dispatch(mon, out, out_max);
+    pthread_mutex_unlock(&mon->lock);
+    return n;
+}
+
+bool ul_fdmon_need_wait(ul_fdmon *mon) {
+    if (!mon)
+        return false;
+    pthread_mutex_lock(&mon->lock);
+    bool need = mon->stale || !ul_fd_list_empty(&mon->ready) || mon->ops->need_wait(mon);
+    pthread_mutex_unlock(&mon->lock);
+    return need;
+}
+
+int ul_fdmon_fileno(ul_fdmon *mon) {
+    if (!mon)
+        return -EBADF;
+    pthread_mutex_lock(&mon->lock);
+    renew(mon);
+    int fd = -EOPNOTSUPP;
+    if (strcmp(mon->ops->name, "epoll") == 0) {
+        fd = mon->epoll_fd;
+    } else if (strcmp(mon->ops->name, "io_uring") == 0) {
+        if (mon->eventfd < 0) {
+            /* Readable at first: the turn that follows registers it with the ring, in the ring's own thread. */
+            mon->eventfd = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
+        }
+        fd = mon->eventfd < 0 ? -errno : mon->eventfd;
+    }
+    pthread_mutex_unlock(&mon->lock);
+    return fd;
+}
+
+void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out) {
+    pthread_mutex_lock(&mon->lock);
+    out->turns = mon->turns;
+    out->enters = __atomic_load_n(&mon->counts.enters, __ATOMIC_RELAXED);
+    out->sqes = __atomic_load_n(&mon->counts.sqes, __ATOMIC_RELAXED);
+    out->cqes = __atomic_load_n(&mon->counts.cqes, __ATOMIC_RELAXED);
+    out->overflows = __atomic_load_n(&mon->counts.overflows, __ATOMIC_RELAXED);
+    out->downgrades = mon->downgrades;
+    out->watches = mon->watches_live;
+    pthread_mutex_unlock(&mon->lock);
+}
+
+void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out) {
+    pthread_mutex_lock(&mon->lock);
+    memset(out, 0, sizeof *out);
+    out->name = mon->ops ? mon->ops->name : NULL;
+    out->refused_step = mon->refused_step;
+    out->refused_errno = mon->refused_errno;
+    if (mon->ring) {
+        out->ring_setup_flags = mon->ring->setup_flags;
+        out->ring_features = mon->ring->features;
+        out->sq_entries = mon->ring->sq_entries;
+        out->cq_entries = mon->ring->cq_entries;
+    }
+    pthread_mutex_unlock(&mon->lock);
+}

@@ -1,0 +1,203 @@
+/*
+ * The fd monitor: which file descriptors are ready? After QEMU's FDMonOps.
+ *
+ * Why it exists: one seam, three ways to wait (io_uring, epoll, poll), so that a loop keeps its behaviour where io_uring is
+ * denied and even when it is taken away at run time. Promise: readiness is level-triggered on all three, a watch that was
+ * removed is never reported again, and a watch that was not removed is never lost.
+ *
+ * Words: a watch is a registered interest in a descriptor; a turn is collect (wait) then hand over (dispatch).
+ * Collecting and running are kept apart: nothing here calls back into the user.
+ *
+ * Threads: every function locks the monitor, so that a call from the wrong thread cannot corrupt it; the lock is not held while
+ * the kernel waits. The thread that calls ul_fdmon_turn() owns the ring; a turn in another thread moves the monitor there.
+ *
+ * Errors are -errno. Times are nanoseconds; a negative timeout waits without limit.
+ */
+#ifndef UL_FDMON_H
+#define UL_FDMON_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ring.h"
+
+/* What follows up to "cffi: end" is also the cdef of the Python module; ffi/build.py reads it from here. */
+/* cffi: begin */
+enum {
+    UL_READ = 1, /* the values of selectors.EVENT_READ and EVENT_WRITE */
+    UL_WRITE = 2,
+};
+
+enum ul_kind {
+    UL_AUTO = 0, /* the first that works: io_uring, epoll, poll */
+    UL_IO_URING = 1,
+    UL_EPOLL = 2,
+    UL_POLL = 3,
+};
+
+enum {
+    UL_DOWNGRADED = 0x40000000, /* added to a turn's result, once after each downgrade */
+};
+
+typedef struct ul_event {
+    int32_t fd;
+    uint32_t events;
+} ul_event;
+
+typedef struct ul_statistics {
+    uint64_t turns, enters, sqes, cqes, overflows, downgrades, watches;
+} ul_statistics;
+
+typedef struct ul_setup_info {
+    const char *name;         /* the active monitor: "io_uring", "epoll", "poll" */
+    const char *refused_step; /* what failed when a better monitor was tried or lost; NULL when nothing did */
+    int32_t refused_errno;
+    uint32_t ring_setup_flags, ring_features, sq_entries, cq_entries; /* 0 without a ring */
+} ul_setup_info;
+
+typedef struct ul_fdmon ul_fdmon;
+typedef struct ul_ring ul_ring;
+
+/* Makes a monitor. UL_AUTO falls back on any errno; another kind is that kind or an error. spare: a quiesced ring of this thread
+ * from ul_fdmon_close(), or NULL; it is used or freed. On failure *info tells the refused step. */
+int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_info *info);
+
+/* Ends the monitor and frees it. Called by the owner thread of a working ring it cancels and reaps everything in flight and
+ * leaves that ring in *spare for the next monitor of this thread; otherwise it drops the ring and *spare is NULL.
+ * -EBUSY, and nothing done, while another thread waits on it. */
+int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare);
+void ul_ring_free(ul_ring *ring);
+
+/* In a forked child, before anything else: lets go of the parent's kernel objects without touching them. The next use makes own
+ * ones and watches the same descriptors. */
+void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
+void ul_ring_free_in_child(ul_ring *ring);
+
+/* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No system call on io_uring
+ * but for the removal of an armed watch, which returns when the kernel holds the file no more. Errors are epoll_ctl's: -EBADF,
+ * -EPERM for what cannot be polled, -ENOENT; -ENOMEM. A failed call changes nothing. Removing never fails. */
+int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
+
+/* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all) and stores up to out_max ready
+ * descriptors, each once. Returns their number, perhaps | UL_DOWNGRADED. 0 before the timeout means "interrupted, ask again":
+ * the caller looks after signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: mon is NULL, as in
+ * the verbs around this one. */
+int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max);
+
+/* Hands over what the last turn collected and had no room for. Never blocks, never enters the kernel. */
+int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max);
+
+/* True when a turn with timeout 0 has anything to do. Reads shared memory only. */
+bool ul_fdmon_need_wait(ul_fdmon *mon);
+
+/* A descriptor that becomes readable whenever a turn is due, for an outer loop. io_uring: an eventfd, because an outer poll on a
+ * DEFER_TASKRUN ring is not woken. -EOPNOTSUPP on poll, which has none. */
+int ul_fdmon_fileno(ul_fdmon *mon);
+
+void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
+void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
+/* cffi: end */
+
+/* One readiness registration, at watches[fd]. */
+typedef struct ul_watch {
+    uint8_t events;   /* UL_READ | UL_WRITE; 0 = no watch */
+    uint8_t revents;  /* collected and not handed over yet, in the same bits */
+    bool on_ready;    /* has a place on mon->ready (kept when the watch is removed: the place stays) */
+    bool on_pending;  /* has a place on mon->pending */
+    bool parked;      /* its descriptor is bad: reported once, not armed again before it is changed */
+    uint32_t request; /* io_uring: index + 1 of the request in flight; poll: index + 1 in the poll set; 0 = none */
+} ul_watch;
+
+typedef struct ul_fd_list {
+    int32_t *fds;
+    size_t first, count, cap; /* entries fds[first .. count-1] */
+} ul_fd_list;
+
+/* The verbs. Each is called with mon->lock held. */
+typedef struct FDMonOps {
+    const char *name;
+
+    /* The watch of fd changed from old_events; mon->watches[fd].events has the new value. An error undoes the change. */
+    int (*update)(ul_fdmon *mon, int fd, uint32_t old_events);
+
+    /* Collects readiness with ul_fdmon_collect(). May release the lock while the kernel waits (mon->waiting is set then).
+     * Returns 0, also when interrupted or when time ran out. Any error means that this monitor is lost. */
+    int (*wait)(ul_fdmon *mon, int64_t timeout_ns);
+
+    /* True when wait(0) could find or do anything. */
+    bool (*need_wait)(ul_fdmon *mon);
+
+    /* Hands over what wait() collected; never blocks. */
+    int (*dispatch)(ul_fdmon *mon, ul_event *out, int out_max);
+
+    /* Lets go of the kernel's objects and of nothing else: the watches stay, for the next monitor to take over. err is the error
+     * that lost them, 0 without one. */
+    void (*close)(ul_fdmon *mon, int err);
+} FDMonOps;
+
+/* A POLL_ADD that the kernel has. user_data = generation << 32 | index + 1: never an fd, because a poll outlives the number. */
+typedef struct ul_request {
+    int32_t fd;
+    uint32_t generation;
+    uint8_t events;
+    enum { UL_FREE = 0, UL_ARMED, UL_DYING } state;
+    uint32_t next_free;
+} ul_request;
+
+struct ul_fdmon {
+    pthread_mutex_t lock;
+    const FDMonOps *ops;
+    enum ul_kind kind; /* what was asked for */
+    bool stale;        /* the kernel objects are gone (fork, drop by another thread): set up again before the next use */
+    bool waiting;      /* a thread is in the kernel, without the lock */
+
+    ul_watch *watches; /* by fd */
+    size_t watches_cap, watches_live;
+    ul_fd_list pending; /* io_uring: to be (re-)armed in the next enter */
+    ul_fd_list ready;   /* collected, to be dispatched */
+
+    ul_ring *ring;
+    pthread_t ring_owner;
+    ul_request *requests;
+    uint32_t requests_cap, requests_in_flight, requests_free; /* free: index + 1 of the first free one */
+    int errors_in_a_row;
+    int eventfd; /* -1 until somebody asks for fileno() */
+
+    int epoll_fd;
+    bool no_epoll_pwait2;
+    struct epoll_event *epoll_events;
+    size_t epoll_events_cap;
+
+    struct pollfd *pollfds, *pollfds_in_kernel;
+    size_t pollfds_count, pollfds_cap;
+
+    ul_ring_counts counts;
+    uint64_t turns, downgrades;
+    bool downgrade_unreported;
+    const char *refused_step;
+    int refused_errno;
+};
+
+/* Each makes its kernel object, takes over every live watch and sets mon->ops; or returns -errno and changes nothing. */
+int ul_fdmon_io_uring_setup(ul_fdmon *mon, ul_ring *spare);
+int ul_fdmon_epoll_setup(ul_fdmon *mon);
+int ul_fdmon_poll_setup(ul_fdmon *mon);
+
+/* The owner of a quiet ring gives it away: cancels, reaps, unregisters. NULL when that is not possible. */
+ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon);
+void ul_fdmon_io_uring_after_fork(ul_fdmon *mon);
+
+/* Services for the three monitors. */
+uint32_t ul_poll_mask(uint32_t events);                        /* UL_* to poll(2) bits */
+void ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents); /* poll(2) bits; the mask is applied here */
+void ul_fdmon_park(ul_fdmon *mon, int fd);                     /* bad descriptor: report once, then leave it alone */
+void ul_fdmon_want_turn(ul_fdmon *mon);                        /* makes an outer loop call us, if there is one */
+void ul_fd_list_push(ul_fd_list *list, int fd);
+int ul_fd_list_pop(ul_fd_list *list); /* -1 when empty */
+bool ul_fd_list_empty(const ul_fd_list *list);
+int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max);
+int ul_fd_pollable(int fd); /* 0 or what epoll_ctl would answer */
+
+#endif

@@ -1,0 +1,106 @@
+/*
+ * Waiting on epoll: what most containers run, since their seccomp profile denies io_uring.
+ *
+ * Why it exists: the first fallback. Promise: the same readiness as the io_uring monitor reports, in nanoseconds of timeout,
+ * with the errors of select.epoll at registration.
+ */
+#define _GNU_SOURCE
+#include "fdmon.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+enum { EPOLL_EVENTS_MIN = 64 };
+
+static int control(ul_fdmon *mon, int op, int fd) {
+    /* EPOLLIN and EPOLLOUT have the values of POLLIN and POLLOUT. */
+    struct epoll_event event = {.events = ul_poll_mask(mon->watches[fd].events), .data = {.fd = fd}};
+    return epoll_ctl(mon->epoll_fd, op, fd, &event) < 0 ? -errno : 0;
+}
+
+static int epoll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
+    if (!mon->watches[fd].events)
+        return control(mon, EPOLL_CTL_DEL, fd);
+    return control(mon, old_events ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd);
+}
+
+static int wait_ms(ul_fdmon *mon, int64_t timeout_ns, int max) {
+    int64_t ms = timeout_ns < 0 ? -1 : (timeout_ns + 999999) / 1000000; /* up: a timer must not be early */
+    return epoll_wait(mon->epoll_fd, mon->epoll_events, max, ms > INT32_MAX ? INT32_MAX : (int)ms);
+}
+
+/* epoll_pwait2 (5.11) takes nanoseconds. Old seccomp profiles do not know it and answer ENOSYS or EPERM. */
+static int wait_ns(ul_fdmon *mon, int64_t timeout_ns, int max) {
+    if (!mon->no_epoll_pwait2) {
+        struct ul_timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+        int n = (int)syscall(SYS_epoll_pwait2, mon->epoll_fd, mon->epoll_events, max, timeout_ns < 0 ? NULL : &ts, NULL, 0);
+        if (n >= 0 || (errno != ENOSYS && errno != EPERM))
+            return n;
+        mon->no_epoll_pwait2 = true;
+    }
+    return wait_ms(mon, timeout_ns, max);
+}
+
+/* Room for every watch: what a second epoll_wait returned would be the same level-triggered events again. */
+static int reserve_events(ul_fdmon *mon) {
+    size_t cap = mon->epoll_events_cap ? mon->epoll_events_cap : EPOLL_EVENTS_MIN;
+    while (cap < mon->watches_live)
+        cap *= 2;
+    if (cap == mon->epoll_events_cap)
+        return 0;
+    struct epoll_event *events = realloc(mon->epoll_events, cap * sizeof *events);
+    if (!events)
+        return -ENOMEM;
+    mon->epoll_events = events;
+    mon->epoll_events_cap = cap;
+    return 0;
+}
+
+static int epoll_mon_wait(ul_fdmon *mon, int64_t timeout_ns) {
+    int err = reserve_events(mon);
+    if (err < 0)
+        return err;
+    int max = mon->epoll_events_cap > INT32_MAX ? INT32_MAX : (int)mon->epoll_events_cap;
+    mon->waiting = true;
+    pthread_mutex_unlock(&mon->lock);
+    int n = wait_ns(mon, timeout_ns, max);
+    err = n < 0 ? -errno : 0;
+    pthread_mutex_lock(&mon->lock);
+    mon->waiting = false;
+    for (int i = 0; i < n; i++)
+        ul_fdmon_collect(mon, mon->epoll_events[i].data.fd, mon->epoll_events[i].events);
+    return err == -EINTR ? 0 : err;
+}
+
+/* Only the kernel knows. */
+static bool epoll_need_wait(ul_fdmon *mon) { return mon->watches_live > 0; }
+
+static void epoll_close(ul_fdmon *mon, int err) {
+    if (mon->epoll_fd >= 0 && err != -EBADF && err != -EINVAL) /* those two: the number is not ours any more */
+        close(mon->epoll_fd);
+    mon->epoll_fd = -1;
+}
+
+static const FDMonOps epoll_ops = {
+    .name = "epoll",
+    .update = epoll_update,
+    .wait = epoll_mon_wait,
+    .need_wait = epoll_need_wait,
+    .dispatch = ul_fdmon_dispatch_ready,
+    .close = epoll_close,
+};
+
+int ul_fdmon_epoll_setup(ul_fdmon *mon) {
+    int fd = epoll_create1(EPOLL_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    mon->epoll_fd = fd;
+    mon->ops = &epoll_ops;
+    for (size_t i = 0; i < mon->watches_cap; i++)
+        if (mon->watches[i].events && !mon->watches[i].parked && control(mon, EPOLL_CTL_ADD, (int)i) < 0)
+            ul_fdmon_park(mon, (int)i);
+    return 0;
+}

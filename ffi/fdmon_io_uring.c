@@ -1,0 +1,425 @@
+/*
+ * Waiting on io_uring: one-shot POLL_ADD, re-armed lazily; POLL_REMOVE; changes and wait in one enter.
+ *
+ * Why it exists: QEMU's fdmon-io_uring idea for asyncio. Promise: a turn costs one io_uring_enter however many watches changed,
+ * and none at all when nothing can have happened.
+ *
+ * Words: sqe/cqe, submission and completion queue entry; request, a POLL_ADD the kernel has; armed, a watch with a request.
+ *
+ * Some facts about polling through io_uring, and what they mean here:
+ *
+ * - Multishot poll reports edges only, and its LEVEL flag is refused. asyncio promises levels, so polls are one-shot. A fired one
+ *   is queued again at once but submitted with the next wait, after the callbacks ran: re-arming on a descriptor that is still
+ *   ready completes immediately, which is the level. Tests: test_a_reader_that_takes_one_byte_is_called_for_every_byte.
+ * - A pending poll holds the open file, not the number. After close() the peer would see no end of file and a listening socket
+ *   would go on accepting. So removing an armed watch enters at once and returns when the poll's own cqe is there. A watch that
+ *   has just fired is not armed: closing a connection from its own callback costs nothing. Tests:
+ *   test_peer_sees_end_of_file_after_remove_reader_and_close.
+ * - The poll outlives the number, so user_data is {generation, index} and never the fd. A request is free only after its cqe.
+ * - A poll whose submitting thread has exited ends with -ECANCELED; the watch is simply armed again.
+ * - A closed descriptor answers -EBADF at once and for ever: such a watch is reported once and parked.
+ * - The ring obeys one thread. A turn in another thread (-EEXIST) builds a new ring there and arms everything again; polls
+ *   consume nothing, so nothing is lost.
+ * - Dropping the ring (munmap, close) needs no enter, hence no owner: the way out for every call from a wrong thread.
+ */
+#define _GNU_SOURCE
+#include "fdmon.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    SQ_ENTRIES = 256, /* with the completion queue about 84 KiB of locked memory */
+    CQ_ENTRIES = 4096,
+    REQUESTS_MIN = 64,
+    TRANSIENT_ERRORS_MAX = 16,
+    REAP_ROUNDS_MAX = 1000,
+};
+
+/* ---- requests ---- */
+
+static int grow_requests(ul_fdmon *mon) {
+    uint32_t cap = mon->requests_cap ? 2 * mon->requests_cap : REQUESTS_MIN;
+    ul_request *requests = realloc(mon->requests, cap * sizeof *requests);
+    if (!requests)
+        return -ENOMEM;
+    for (uint32_t i = mon->requests_cap; i < cap; i++) {
+        requests[i] = (ul_request){.next_free = mon->requests_free};
+        mon->requests_free = i + 1;
+    }
+    mon->requests = requests;
+    mon->requests_cap = cap;
+    return 0;
+}
+
+static uint64_t request_user_data(const ul_fdmon *mon, uint32_t id) {
+    return (uint64_t)mon->requests[id - 1].generation << 32 | id;
+}
+
+static void free_request(ul_fdmon *mon, uint32_t id) {
+    ul_request *request = &mon->requests[id - 1];
+    request->state = UL_FREE;
+    request->generation++;
+    request->next_free = mon->requests_free;
+    mon->requests_free = id;
+    mon->requests_in_flight--;
+}
+
+static void forget_requests(ul_fdmon *mon) {
+    for (uint32_t id = 1; id <= mon->requests_cap; id++)
+        if (mon->requests[id - 1].state != UL_FREE)
+            free_request(mon, id);
+    for (size_t fd = 0; fd < mon->watches_cap; fd++)
+        mon->watches[fd].request = 0;
+}
+
+static void want_armed(ul_fdmon *mon, int fd) {
+    ul_watch *watch = &mon->watches[fd];
+    if (watch->on_pending)
+        return;
+    watch->on_pending = true;
+    ul_fd_list_push(&mon->pending, fd);
+}
+
+static void want_all_armed(ul_fdmon *mon) {
+    for (size_t fd = 0; fd < mon->watches_cap; fd++)
+        if (mon->watches[fd].events && !mon->watches[fd].parked)
+            want_armed(mon, (int)fd);
+}
+
+/* ---- the ring's life ---- */
+
+static void drop_ring(ul_fdmon *mon, int err) {
+    if (!mon->ring)
+        return;
+    /* Somebody closed our descriptor; its number may be another file by now and is not ours to close. */
+    if (err == -EBADF || err == -EOPNOTSUPP)
+        mon->ring->fd = -1;
+    ul_ring_free(mon->ring);
+    mon->ring = NULL;
+    forget_requests(mon);
+}
+
+void ul_ring_free(ul_ring *ring) {
+    if (ring)
+        ul_ring_close(ring);
+    free(ring);
+}
+
+void ul_ring_free_in_child(ul_ring *ring) {
+    if (ring)
+        ul_ring_close_in_child(ring);
+    free(ring);
+}
+
+void ul_fdmon_io_uring_after_fork(ul_fdmon *mon) {
+    if (!mon->ring)
+        return;
+    ul_ring_free_in_child(mon->ring);
+    mon->ring = NULL;
+    forget_requests(mon);
+    want_all_armed(mon);
+}
+
+static int open_ring(ul_fdmon *mon, ul_ring *spare) {
+    int ret = 0;
+    ul_ring *ring = spare;
+    if (!ring) {
+        const char *step = "malloc";
+        ring = calloc(1, sizeof *ring);
+        ret = ring ? ul_ring_open(ring, SQ_ENTRIES, CQ_ENTRIES, &mon->counts, &step) : -ENOMEM;
+        if (ret < 0) {
+            mon->refused_step = step;
+            free(ring);
+            return ret;
+        }
+    }
+    ring->counts = &mon->counts;
+    mon->ring = ring;
+    mon->ring_owner = pthread_self();
+    mon->errors_in_a_row = 0;
+    want_all_armed(mon);
+    return 0;
+}
+
+/* ---- completions ---- */
+
+static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
+    uint32_t id = (uint32_t)cqe->user_data;
+    if (id == 0 || id > mon->requests_cap || request_user_data(mon, id) != cqe->user_data)
+        return; /* the answer to a POLL_REMOVE */
+    ul_request *request = &mon->requests[id - 1];
+    int fd = request->fd;
+    bool live = request->state == UL_ARMED;
+    free_request(mon, id);
+    if (mon->watches[fd].request == id)
+        mon->watches[fd].request = 0;
+    if (!live)
+        return;
+    if (cqe->res >= 0 || cqe->res == -ECANCELED) {
+        if (cqe->res > 0)
+            ul_fdmon_collect(mon, fd, (uint32_t)cqe->res);
+        want_armed(mon, fd);
+    } else {
+        ul_fdmon_park(mon, fd);
+    }
+}
+
+static void drain(ul_fdmon *mon) {
+    const struct ul_cqe *cqe;
+    while ((cqe = ul_ring_peek(mon->ring))) {
+        complete(mon, cqe);
+        ul_ring_seen(mon->ring);
+    }
+}
+
+/* What an enter's error means. Returns 0 when the caller may look at the queue and go on, else the error. */
+static int judge(ul_fdmon *mon, int ret) {
+    if (ret >= 0 || ret == -EINTR || ret == -ETIME) {
+        mon->errors_in_a_row = 0;
+        return 0;
+    }
+    /* No memory for a request, or (old kernels) completions first: passing states, unless they stay. */
+    if ((ret == -EAGAIN || ret == -EBUSY) && ++mon->errors_in_a_row <= TRANSIENT_ERRORS_MAX)
+        return 0;
+    return ret;
+}
+
+/* An enter that does not wait: flushes the queue, runs deferred work, reads what is there. */
+static int enter_and_drain(ul_fdmon *mon) {
+    int ret = judge(mon, ul_ring_enter(mon->ring, 0, 0));
+    if (ret == 0)
+        drain(mon);
+    while (ret == 0 && ul_ring_overflowed(mon->ring)) {
+        __atomic_add_fetch(&mon->counts.overflows, 1, __ATOMIC_RELAXED);
+        ret = judge(mon, ul_ring_enter(mon->ring, 0, 0));
+        drain(mon);
+    }
+    return ret;
+}
+
+/* ---- submissions ---- */
+
+static struct ul_sqe *get_sqe(ul_fdmon *mon, int *err) {
+    struct ul_sqe *sqe = ul_ring_get_sqe(mon->ring);
+    for (int i = 0; !sqe && i < REAP_ROUNDS_MAX; i++) {
+        *err = enter_and_drain(mon);
+        if (*err < 0)
+            return NULL;
+        sqe = ul_ring_get_sqe(mon->ring);
+    }
+    if (!sqe)
+        *err = -EBUSY;
+    return sqe;
+}
+
+static int cancel(ul_fdmon *mon, uint32_t id) {
+    int err = 0;
+    struct ul_sqe *sqe = get_sqe(mon, &err);
+    if (!sqe)
+        return err;
+    if (mon->requests[id - 1].state == UL_FREE)
+        ul_prep_poll_remove(sqe, 0); /* it completed while we made room: remove nothing */
+    else
+        ul_prep_poll_remove(sqe, request_user_data(mon, id));
+    return 0;
+}
+
+static void take_request(ul_fdmon *mon, int fd, struct ul_sqe *sqe) {
+    ul_watch *watch = &mon->watches[fd];
+    uint32_t id = mon->requests_free;
+    ul_request *request = &mon->requests[id - 1];
+    mon->requests_free = request->next_free;
+    mon->requests_in_flight++;
+    request->fd = fd;
+    request->events = watch->events;
+    request->state = UL_ARMED;
+    watch->request = id;
+    ul_prep_poll_add(sqe, fd, ul_poll_mask(watch->events), request_user_data(mon, id));
+}
+
+/* Gives the kernel what one pending watch needs: nothing, a poll, the end of the old poll, or one in exchange for the other. */
+static int arm(ul_fdmon *mon, int fd) {
+    int err = 0;
+    ul_watch *watch = &mon->watches[fd];
+    uint32_t old = watch->request;
+    bool wanted = watch->events && !watch->parked;
+    if (old && wanted && mon->requests[old - 1].state == UL_ARMED && mon->requests[old - 1].events == watch->events)
+        return 0;
+    if (old) {
+        watch->request = 0;
+        mon->requests[old - 1].state = UL_DYING;
+        if ((err = cancel(mon, old)) < 0)
+            return err;
+    }
+    if (!wanted)
+        return 0;
+    if (!mon->requests_free && (err = grow_requests(mon)) < 0)
+        return err;
+    struct ul_sqe *sqe = get_sqe(mon, &err);
+    if (!sqe)
+        return err;
+    take_request(mon, fd, sqe);
+    return 0;
+}
+
+static int arm_pending(ul_fdmon *mon) {
+    /* Counted first: making room in the queue may collect completions, whose watches want to be armed again after the
+     * callbacks, not now. */
+    size_t n = mon->pending.count - mon->pending.first;
+    for (; n > 0; n--) {
+        int fd = ul_fd_list_pop(&mon->pending);
+        mon->watches[fd].on_pending = false;
+        int err = arm(mon, fd);
+        if (err < 0) {
+            want_armed(mon, fd);
+            return err;
+        }
+    }
+    return 0;
+}
+
+/* ---- the verbs ---- */
+
+static bool is_owner(const ul_fdmon *mon) { return mon->ring && pthread_equal(mon->ring_owner, pthread_self()); }
+
+static void drop_and_rearm(ul_fdmon *mon, int err) {
+    drop_ring(mon, err);
+    want_all_armed(mon);
+}
+
+/* Cancels a request and returns when its own cqe is there: only then has the kernel let go of the file. */
+static void cancel_and_reap(ul_fdmon *mon, uint32_t id) {
+    uint32_t generation = mon->requests[id - 1].generation;
+    int err = cancel(mon, id);
+    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && mon->requests[id - 1].generation == generation; i++)
+        err = enter_and_drain(mon);
+    if (mon->requests[id - 1].generation == generation)
+        drop_and_rearm(mon, err);
+}
+
+static void disarm(ul_fdmon *mon, int fd) {
+    ul_watch *watch = &mon->watches[fd];
+    uint32_t id = watch->request;
+    if (!id)
+        return;
+    mon->requests[id - 1].state = UL_DYING;
+    if (is_owner(mon)) {
+        watch->request = 0;
+        cancel_and_reap(mon, id);
+    } else if (mon->waiting) {
+        want_armed(mon, fd); /* the owner is in the kernel with the ring: it cancels in its next turn */
+    } else {
+        drop_and_rearm(mon, 0);
+    }
+}
+
+static int io_uring_update(ul_fdmon *mon, int fd, uint32_t old_events) {
+    (void)old_events;
+    if (!mon->watches[fd].events) {
+        disarm(mon, fd);
+        return 0;
+    }
+    int err = ul_fd_pollable(fd);
+    if (err == 0)
+        want_armed(mon, fd);
+    return err;
+}
+
+/* What must be so before this thread may enter: a ring of its own, the outer loop's eventfd, every change in the queue. */
+static int prepare(ul_fdmon *mon) {
+    int err = 0;
+    if (!is_owner(mon)) {
+        drop_ring(mon, 0);
+        err = open_ring(mon, NULL);
+    }
+    if (err == 0 && mon->eventfd >= 0 && !mon->ring->has_eventfd)
+        err = ul_ring_set_eventfd(mon->ring, mon->eventfd);
+    return err < 0 ? err : arm_pending(mon);
+}
+
+static int enter_unlocked(ul_fdmon *mon, int64_t timeout_ns) {
+    ul_ring *ring = mon->ring;
+    mon->waiting = true;
+    pthread_mutex_unlock(&mon->lock);
+    int ret = ul_ring_enter(ring, 1, timeout_ns);
+    pthread_mutex_lock(&mon->lock);
+    mon->waiting = false;
+    return ret;
+}
+
+static int wait_in_this_thread(ul_fdmon *mon, int64_t timeout_ns) {
+    int err = prepare(mon);
+    if (err < 0)
+        return err;
+    /* Waiting for one completion with timeout 0 costs 20 us (a timer and a schedule); not waiting at all, 0.2 us. */
+    if (timeout_ns == 0 || ul_ring_peek(mon->ring) || !ul_fd_list_empty(&mon->ready)) {
+        bool idle = ul_ring_unsubmitted(mon->ring) == 0 && !ul_ring_has_work(mon->ring);
+        return idle ? 0 : enter_and_drain(mon);
+    }
+    err = judge(mon, enter_unlocked(mon, timeout_ns));
+    if (err == 0)
+        drain(mon);
+    return err == 0 && ul_ring_overflowed(mon->ring) ? enter_and_drain(mon) : err;
+}
+
+static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
+    int err = wait_in_this_thread(mon, timeout_ns);
+    if (err == -EEXIST) { /* pthread_self() of a thread that ended may be given out again; the kernel knows better */
+        drop_and_rearm(mon, 0);
+        err = wait_in_this_thread(mon, timeout_ns);
+    }
+    return err;
+}
+
+static bool io_uring_need_wait(ul_fdmon *mon) {
+    if (!ul_fd_list_empty(&mon->pending) || !mon->ring)
+        return mon->watches_live > 0 || mon->ring;
+    return ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) || (mon->eventfd >= 0 && !mon->ring->has_eventfd);
+}
+
+static void io_uring_close(ul_fdmon *mon, int err) {
+    drop_ring(mon, err);
+    int fd;
+    while ((fd = ul_fd_list_pop(&mon->pending)) >= 0)
+        mon->watches[fd].on_pending = false;
+}
+
+ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
+    if (!is_owner(mon))
+        return NULL;
+    int err = 0;
+    for (uint32_t id = 1; err == 0 && id <= mon->requests_cap; id++) {
+        if (mon->requests[id - 1].state == UL_ARMED) {
+            mon->requests[id - 1].state = UL_DYING;
+            err = cancel(mon, id);
+        }
+    }
+    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && (mon->requests_in_flight || ul_ring_unsubmitted(mon->ring)); i++)
+        err = enter_and_drain(mon);
+    if (err == 0)
+        err = ul_ring_set_eventfd(mon->ring, -1);
+    if (err < 0 || mon->requests_in_flight)
+        return NULL;
+    ul_ring *ring = mon->ring;
+    mon->ring = NULL;
+    return ring;
+}
+
+static const FDMonOps io_uring_ops = {
+    .name = "io_uring",
+    .update = io_uring_update,
+    .wait = io_uring_wait,
+    .need_wait = io_uring_need_wait,
+    .dispatch = ul_fdmon_dispatch_ready,
+    .close = io_uring_close,
+};
+
+int ul_fdmon_io_uring_setup(ul_fdmon *mon, ul_ring *spare) {
+    int err = open_ring(mon, spare);
+    if (err == 0)
+        mon->ops = &io_uring_ops;
+    return err;
+}

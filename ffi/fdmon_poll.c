@@ -1,0 +1,129 @@
+/*
+ * Waiting with ppoll: the floor that needs nothing from the kernel but itself.
+ *
+ * Why it exists: a monitor must exist before anything else is tried, and when descriptors or epoll itself have run out. Promise:
+ * set-up does not fail, and the behaviour is that of the other two, at the cost of O(watches) a turn.
+ */
+#define _GNU_SOURCE
+#include "fdmon.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { POLLFDS_MIN = 64 };
+
+/* The set is handed to the kernel as a copy, so that another thread's change cannot move it during the wait. */
+static int reserve_pollfds(ul_fdmon *mon) {
+    if (mon->pollfds_count < mon->pollfds_cap)
+        return 0;
+    size_t cap = mon->pollfds_cap ? 2 * mon->pollfds_cap : POLLFDS_MIN;
+    struct pollfd *pollfds = realloc(mon->pollfds, cap * sizeof *pollfds);
+    if (!pollfds)
+        return -ENOMEM;
+    mon->pollfds = pollfds;
+    mon->pollfds_cap = cap;
+    return 0;
+}
+
+static void leave_set(ul_fdmon *mon, int fd) {
+    uint32_t id = mon->watches[fd].request;
+    if (!id)
+        return;
+    struct pollfd *last = &mon->pollfds[--mon->pollfds_count];
+    mon->pollfds[id - 1] = *last;
+    mon->watches[last->fd].request = id;
+    mon->watches[fd].request = 0;
+}
+
+static int enter_set(ul_fdmon *mon, int fd) {
+    ul_watch *watch = &mon->watches[fd];
+    if (!watch->request) {
+        int err = reserve_pollfds(mon);
+        if (err < 0)
+            return err;
+        watch->request = (uint32_t)++mon->pollfds_count;
+    }
+    mon->pollfds[watch->request - 1] = (struct pollfd){.fd = fd, .events = (short)ul_poll_mask(watch->events)};
+    return 0;
+}
+
+static int poll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
+    (void)old_events;
+    if (!mon->watches[fd].events) {
+        leave_set(mon, fd);
+        return 0;
+    }
+    int err = ul_fd_pollable(fd);
+    return err < 0 ? err : enter_set(mon, fd);
+}
+
+/* A copy for the kernel; its size is the number of descriptors in it. */
+static int copy_set(ul_fdmon *mon, size_t *count) {
+    *count = mon->pollfds_count;
+    if (*count == 0)
+        return 0;
+    struct pollfd *copy = realloc(mon->pollfds_in_kernel, mon->pollfds_cap * sizeof *copy);
+    if (!copy)
+        return -ENOMEM;
+    memcpy(copy, mon->pollfds, *count * sizeof *copy);
+    mon->pollfds_in_kernel = copy;
+    return 0;
+}
+
+static void collect_polled(ul_fdmon *mon, const struct pollfd *polled) {
+    ul_watch *watch = &mon->watches[polled->fd];
+    if (!watch->events || !polled->revents)
+        return;
+    if (polled->revents & POLLNVAL) {
+        leave_set(mon, polled->fd);
+        ul_fdmon_park(mon, polled->fd);
+    } else {
+        ul_fdmon_collect(mon, polled->fd, (uint32_t)polled->revents);
+    }
+}
+
+static int poll_wait(ul_fdmon *mon, int64_t timeout_ns) {
+    size_t count;
+    int err = copy_set(mon, &count);
+    if (err < 0)
+        return err;
+    struct timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+    mon->waiting = true;
+    pthread_mutex_unlock(&mon->lock);
+    int n = ppoll(mon->pollfds_in_kernel, count, timeout_ns < 0 ? NULL : &ts, NULL);
+    err = n < 0 ? -errno : 0;
+    pthread_mutex_lock(&mon->lock);
+    mon->waiting = false;
+    for (size_t i = 0; n > 0 && i < count; i++)
+        collect_polled(mon, &mon->pollfds_in_kernel[i]);
+    return err == -EINTR ? 0 : err;
+}
+
+static bool poll_need_wait(ul_fdmon *mon) { return mon->pollfds_count > 0; }
+
+static void poll_close(ul_fdmon *mon, int err) {
+    (void)err;
+    for (size_t i = 0; i < mon->pollfds_count; i++)
+        mon->watches[mon->pollfds[i].fd].request = 0;
+    mon->pollfds_count = 0;
+}
+
+static const FDMonOps poll_ops = {
+    .name = "poll",
+    .update = poll_update,
+    .wait = poll_wait,
+    .need_wait = poll_need_wait,
+    .dispatch = ul_fdmon_dispatch_ready,
+    .close = poll_close,
+};
+
+int ul_fdmon_poll_setup(ul_fdmon *mon) {
+    mon->ops = &poll_ops;
+    for (size_t fd = 0; fd < mon->watches_cap; fd++) {
+        if (mon->watches[fd].events && !mon->watches[fd].parked && enter_set(mon, (int)fd) < 0)
+            ul_fdmon_park(mon, (int)fd); /* no memory: its owner hears of it through a failing read or write */
+    }
+    return 0;
+}

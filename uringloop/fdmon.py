@@ -1,0 +1,354 @@
+"""FDMon: the Python face of the C fd monitor.
+
+Why it exists: one place that knows the cffi module, chooses a monitor, names the causes of refusals and looks after rings across
+`fork()`. Promise: a call into C is made at most once per operation and once per turn; what comes back are plain tuples.
+
+Words: a watch is a registered interest in a descriptor; a turn is one wait with everything that changed before it; enter is the
+`io_uring_enter` system call; the monitor is "io_uring", "epoll" or "poll".
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import threading
+import weakref
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+if sys.platform != "linux":
+    raise ImportError("uringloop works on Linux only: it waits through io_uring, epoll or poll")
+
+try:
+    from uringloop._fdmon import ffi, lib
+except ImportError as exc:
+    raise ImportError(
+        f"uringloop's C extension is missing or was built for another Python ({exc});"
+        " install uringloop with pip, which builds it (gcc and the Python headers are needed)"
+    ) from exc
+
+logger = logging.getLogger("uringloop")
+
+#: The values that `monitor=` and the environment variable URINGLOOP_MONITOR may have.
+MONITORS: Final = ("auto", "io_uring", "epoll", "poll")
+
+_KINDS: Final = {
+    "auto": lib.UL_AUTO,
+    "io_uring": lib.UL_IO_URING,
+    "epoll": lib.UL_EPOLL,
+    "poll": lib.UL_POLL,
+}
+
+_CAUSES: Final = {
+    errno.EPERM: "kernel.io_uring_disabled or a seccomp profile",
+    errno.EACCES: "a security module such as SELinux",
+    errno.ENOSYS: "a kernel or a sandbox without io_uring",
+    errno.EINVAL: "a kernel older than 6.1",
+    errno.ENOMEM: "RLIMIT_MEMLOCK or memory is used up",
+    errno.EMFILE: "RLIMIT_NOFILE is used up",
+    errno.ENFILE: "the system's table of open files is full",
+    errno.EOPNOTSUPP: "a kernel or an emulator that does not carry it out",
+    errno.EBADF: "its descriptor was closed by the application",
+}
+
+_SETUP_FLAGS: Final = {
+    1 << 12: "SINGLE_ISSUER",
+    1 << 13: "DEFER_TASKRUN",
+    1 << 9: "TASKRUN_FLAG",
+    1 << 7: "SUBMIT_ALL",
+    1 << 4: "CLAMP",
+    1 << 3: "CQSIZE",
+    1 << 16: "NO_SQARRAY",
+}
+
+_EVENT: Final = Struct("=iI")
+_EVENTS_MAX: Final = 1024  # per call into C, not per turn
+
+
+class UringUnavailable(OSError):
+    """The monitor that was asked for cannot be had; `errno` and the text name the refused step and its likely cause.
+
+    Raised only where a monitor was forced (`monitor="io_uring"`, URINGLOOP_MONITOR=io_uring); "auto" falls back instead.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counters of one monitor since it was made. On epoll and poll the four of io_uring stay as they are."""
+
+    turns: int
+    """Waits asked for: passes of the loop."""
+    enters: int
+    """`io_uring_enter` system calls."""
+    sqes: int
+    """Submission queue entries that the kernel took."""
+    cqes: int
+    """Completion queue entries that were read."""
+    overflows: int
+    """Times the kernel's completion queue had run over (nothing is lost by that)."""
+    downgrades: int
+    """Times that the monitor was lost at run time and the next one took over."""
+    watches: int
+    """Watches registered now."""
+
+
+def resolve_monitor(monitor: str | None) -> str:
+    """The monitor to make for this argument: itself, or URINGLOOP_MONITOR, or "auto".
+
+    Raises ValueError, which lists the right values, and TypeError for what is no string.
+    """
+    source = "monitor"
+    if monitor is None:
+        source = "URINGLOOP_MONITOR"
+        monitor = os.environ.get(source) or "auto"
+    if not isinstance(monitor, str):
+        raise TypeError(f"monitor must be a str or None, not {type(monitor).__name__}")
+    if monitor not in _KINDS:
+        raise ValueError(f"{source} must be one of {', '.join(MONITORS)}, not {monitor!r}")
+    return monitor
+
+
+def describe_refusal(step: str, err: int) -> str:
+    """One line that names a refused step, its errno and the likely cause."""
+    cause = _CAUSES.get(err)
+    text = f"{step}: {errno.errorcode.get(err, str(err))}"
+    return f"{text} ({cause})" if cause else text
+
+
+class _SpareRing(threading.local):
+    """The quiet ring of this thread's last closed loop, for its next one.
+
+    A closed ring's share of RLIMIT_MEMLOCK comes back late: a loop per test would run an ordinary user out of it within about a
+    hundred loops. Test: test_ten_thousand_loops_as_an_ordinary_user_all_get_io_uring.
+    """
+
+    def __init__(self) -> None:
+        self._ring = _RingHandle(ffi.NULL)
+
+    def take(self) -> ffi.CData:
+        ring, self._ring.ring = self._ring.ring, ffi.NULL
+        return ring
+
+    def keep(self, ring: ffi.CData) -> None:
+        lib.ul_ring_free(self.take())
+        self._ring.ring = ring
+
+
+class _RingHandle:
+    """Frees its ring when the thread ends, and lets go of it in a forked child."""
+
+    __slots__ = ("__weakref__", "ring")
+
+    def __init__(self, ring: ffi.CData) -> None:
+        self.ring = ring
+        _held.add(self)
+
+    def __del__(self, free: object = lib.ul_ring_free) -> None:
+        free(self.ring)  # type: ignore[operator]
+
+    def after_fork_in_child(self) -> None:
+        lib.ul_ring_free_in_child(self.ring)
+        self.ring = ffi.NULL
+
+
+class FDMon:
+    """One fd monitor.
+
+    `turn()` belongs to the thread that runs the loop; the other methods may be called from any thread. Descriptors are plain
+    numbers here; `Selector` adds file objects and keys.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_last_info",
+        "_last_statistics",
+        "_mon",
+        "_out",
+        "_out_bytes",
+        "requested",
+    )
+
+    def __init__(self, requested: str) -> None:
+        self.requested = requested
+        self._last_statistics: Statistics | None = None
+        self._mon = ffi.NULL
+        self._last_info = ffi.new("ul_setup_info *")
+        mon = ffi.new("ul_fdmon **")
+        ret = lib.ul_fdmon_new(_KINDS[requested], _spare.take(), mon, self._last_info)
+        if ret < 0:
+            step = self.refused_step or requested
+            raise UringUnavailable(-ret, f"{describe_refusal(step, -ret)}: {os.strerror(-ret)}")
+        self._mon = mon[0]
+        self._out = ffi.new("ul_event[]", _EVENTS_MAX)
+        self._out_bytes = memoryview(ffi.buffer(self._out)).toreadonly()
+        _held.add(self)
+
+    @classmethod
+    def create(cls, monitor: str | None = None) -> FDMon:
+        """Makes the monitor asked for; "auto" takes the first that works of io_uring, epoll, poll.
+
+        Raises UringUnavailable when a forced monitor is refused, ValueError for an unknown name.
+        """
+        return cls(resolve_monitor(monitor))
+
+    # -- watches and turns --
+
+    def update(self, fd: int, events: int) -> None:
+        """Watches `fd` for `events` (1 read, 2 write) instead of what was watched before; 0 removes the watch.
+
+        Raises the OSError that epoll would for a descriptor that is closed or cannot be polled; then nothing has changed.
+        """
+        ret = lib.ul_fdmon_update(self._mon, fd, events)
+        if ret < 0:
+            raise self._error(ret)
+
+    def turn(self, timeout_ns: int) -> list[tuple[int, int]]:
+        """Waits at most `timeout_ns` (negative: without limit) and returns (fd, events) of what is ready.
+
+        An empty list before time is up means "interrupted": the caller returns to Python, so that signal handlers run, looks at
+        the clock and asks again.
+        """
+        n = lib.ul_fdmon_turn(self._mon, timeout_ns, self._out, _EVENTS_MAX)
+        if n == 0:
+            return []
+        if n < 0 or n >= _EVENTS_MAX:
+            return self._unusual_turn(n)
+        return list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))  # type: ignore[arg-type]
+
+    def _unusual_turn(self, n: int) -> list[tuple[int, int]]:
+        if n < 0:
+            raise self._error(n)
+        if n & lib.UL_DOWNGRADED:
+            n &= ~lib.UL_DOWNGRADED
+            logger.warning("%s; the loop goes on with %s", self.fallback_reason, self.name)
+        events = list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
+        while n == _EVENTS_MAX:
+            n = lib.ul_fdmon_dispatch(self._mon, self._out, _EVENTS_MAX)
+            events += _EVENT.iter_unpack(self._out_bytes[: n * 8])
+        return events  # type: ignore[return-value]
+
+    def need_wait(self) -> bool:
+        """Whether a turn with timeout 0 has anything to do. No system call."""
+        return bool(lib.ul_fdmon_need_wait(self._mon))
+
+    def fileno(self) -> int:
+        """A descriptor that is readable whenever a turn is due; raises OSError(EOPNOTSUPP) on poll, which has none."""
+        fd = lib.ul_fdmon_fileno(self._mon)
+        if fd == -errno.EOPNOTSUPP:
+            raise OSError(errno.EOPNOTSUPP, "the poll monitor has no descriptor of its own")
+        if fd < 0:
+            raise self._error(fd)
+        return int(fd)
+
+    def _error(self, ret: int) -> Exception:
+        if not self._mon:
+            return ValueError("I/O operation on closed selector")
+        if ret == -errno.EBUSY:
+            return RuntimeError("another thread is already waiting on this selector")
+        if ret == -errno.ENOMEM:
+            return MemoryError("no memory for a watch")
+        return OSError(-ret, os.strerror(-ret))
+
+    # -- what it is --
+
+    def _info(self) -> ffi.CData:
+        if self._mon:
+            lib.ul_fdmon_setup_info(self._mon, self._last_info)
+        return self._last_info
+
+    @property
+    def name(self) -> str:
+        """The active monitor: "io_uring", "epoll" or "poll"."""
+        return str(ffi.string(self._info().name).decode())
+
+    @property
+    def refused_step(self) -> str | None:
+        """The step that was refused when a better monitor was tried or lost, such as "io_uring_setup"."""
+        step = self._info().refused_step
+        return str(ffi.string(step).decode()) if step else None
+
+    @property
+    def fallback_errno(self) -> int | None:
+        """The errno of that refusal."""
+        return int(self._info().refused_errno) or None
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why this is not io_uring although it was wished for, in one line; None when there is nothing to explain."""
+        step, err = self.refused_step, self.fallback_errno
+        return describe_refusal(step, err) if step and err else None
+
+    @property
+    def features(self) -> int:
+        """The kernel's io_uring feature bits; 0 without a ring."""
+        return int(self._info().ring_features)
+
+    @property
+    def setup_step(self) -> str | None:
+        """The step of the set-up ladder that worked: flags and queue sizes of the ring; None without a ring."""
+        info = self._info()
+        if not info.sq_entries:
+            return None
+        flags = [name for bit, name in _SETUP_FLAGS.items() if info.ring_setup_flags & bit]
+        return f"{'|'.join(flags)}, sq {info.sq_entries}, cq {info.cq_entries}"
+
+    def statistics(self) -> Statistics:
+        """The counters, of this moment or of the moment it was closed. Safe from any thread."""
+        if not self._mon:
+            assert self._last_statistics is not None
+            return self._last_statistics
+        raw = ffi.new("ul_statistics *")
+        lib.ul_fdmon_statistics(self._mon, raw)
+        return Statistics(
+            turns=raw.turns,
+            enters=raw.enters,
+            sqes=raw.sqes,
+            cqes=raw.cqes,
+            overflows=raw.overflows,
+            downgrades=raw.downgrades,
+            watches=raw.watches,
+        )
+
+    # -- its end --
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called."""
+        return not self._mon
+
+    def close(self) -> None:
+        """Ends it. Every file that a watch held is let go. Harmless when repeated; not while another thread waits on it."""
+        if not self._mon:
+            return
+        self._info()
+        self._last_statistics = self.statistics()
+        spare = ffi.new("ul_ring **")
+        if lib.ul_fdmon_close(self._mon, spare) == -errno.EBUSY:
+            raise RuntimeError("another thread is waiting on this selector; stop that loop first")
+        self._mon = ffi.NULL
+        if spare[0]:
+            _spare.keep(spare[0])
+
+    def __del__(self) -> None:
+        if getattr(self, "_mon", None) and not sys.is_finalizing():
+            self.close()
+
+    def after_fork_in_child(self) -> None:
+        """Lets go of the parent's kernel objects; the next use makes new ones. Called by `os.fork()` through Python."""
+        if self._mon:
+            lib.ul_fdmon_after_fork_in_child(self._mon)
+
+
+_held: weakref.WeakSet[FDMon | _RingHandle] = weakref.WeakSet()
+_spare = _SpareRing()
+
+
+def _after_fork_in_child() -> None:
+    for holder in list(_held):
+        holder.after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

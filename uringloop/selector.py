@@ -1,0 +1,138 @@
+"""Selector: io_uring (or epoll, or poll) behind the interface of `selectors`.
+
+Why it exists: asyncio and everything else that takes a `selectors.BaseSelector` can wait on a ring without knowing it. Promise:
+keys, events and errors are those of `selectors.EpollSelector`; only the system calls differ.
+"""
+
+from __future__ import annotations
+
+import math
+import selectors
+import time
+import warnings
+from collections.abc import Callable
+from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
+from typing import TYPE_CHECKING, Any
+
+from uringloop.fdmon import FDMon, Statistics
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
+
+_TIMEOUT_NS_MAX = 2**62  # 146 years; what is longer would not fit the kernel's arithmetic
+_ALL = EVENT_READ | EVENT_WRITE
+
+
+class Selector(selectors._BaseSelectorImpl):
+    """A complete `selectors.BaseSelector` over an fd monitor.
+
+    Use it alone, or as `asyncio.SelectorEventLoop(uringloop.Selector())`. `monitor` is None or "auto" (the first that works),
+    "io_uring", "epoll" or "poll"; see `uringloop.new_event_loop` for errors. Timeouts are seconds, kept to the nanosecond and
+    rounded up. Changes cost no system call on io_uring; they travel with the next `select()`. Removing a watch that is armed in
+    the kernel enters at once, so that a `close()` right after it really closes.
+
+    Not thread-safe, like every selector; a call from a wrong thread does no damage but does not wake a `select()` either.
+    """
+
+    def __init__(self, monitor: str | None = None) -> None:
+        super().__init__()
+        self._fdmon = FDMon.create(monitor)
+
+    @property
+    def monitor(self) -> str:
+        """The active monitor: "io_uring", "epoll" or "poll"."""
+        return self._fdmon.name
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why io_uring is not in use although it was tried; None when it is, or was not wished for."""
+        return self._fdmon.fallback_reason
+
+    def statistics(self) -> Statistics:
+        """Counters since it was made. Safe from any thread."""
+        return self._fdmon.statistics()
+
+    @property
+    def fileno(self) -> Callable[[], int]:
+        """`fileno()` gives a descriptor for an outer loop: readable whenever `select(0)` should be called.
+
+        On io_uring an eventfd, made by the first call; on epoll the epoll descriptor. On poll there is none, hence no such
+        method, as `selectors.PollSelector` has none. Ask again after a run-time downgrade (`monitor` has changed): the old
+        descriptor was signalled once.
+        """
+        if self.monitor == "poll":
+            raise AttributeError("the poll monitor has no descriptor of its own, so no fileno()")
+        return self._fdmon.fileno
+
+    def register(
+        self, fileobj: FileDescriptorLike, events: int, data: Any = None
+    ) -> SelectorKey:
+        """Watches a file object or descriptor. Errors as EpollSelector: ValueError, KeyError, OSError (EBADF, EPERM)."""
+        key = super().register(fileobj, events, data)
+        try:
+            self._fdmon.update(key.fd, events)
+        except BaseException:
+            super().unregister(fileobj)
+            raise
+        return key
+
+    def unregister(self, fileobj: FileDescriptorLike) -> SelectorKey:
+        """Ends a watch: it is never reported again, and the kernel no longer holds the file. KeyError when there is none."""
+        key = super().unregister(fileobj)
+        self._fdmon.update(key.fd, 0)
+        return key
+
+    def modify(self, fileobj: FileDescriptorLike, events: int, data: Any = None) -> SelectorKey:
+        """Changes events or data of a watch. A change of data alone costs the kernel nothing."""
+        key = self.get_key(fileobj)
+        if events != key.events:
+            if not events or events & ~_ALL:
+                raise ValueError(f"Invalid events: {events!r}")
+            self._fdmon.update(key.fd, events)
+        elif data is key.data:
+            return key
+        key = key._replace(events=events, data=data)
+        self._fd_to_key[key.fd] = key
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        """Waits for readiness: for ever (None), not at all (<= 0) or at most `timeout` seconds.
+
+        A signal handler runs during the wait; if it does not raise, the wait goes on for the rest of the time (PEP 475).
+        """
+        if timeout is None:
+            ready = self._fdmon.turn(-1) or self._turn_until(None)
+        elif timeout <= 0:
+            ready = self._fdmon.turn(0)
+        else:
+            timeout_ns = min(math.ceil(timeout * 1e9), _TIMEOUT_NS_MAX)
+            deadline_ns = time.monotonic_ns() + timeout_ns
+            ready = self._fdmon.turn(timeout_ns) or self._turn_until(deadline_ns)
+        keys = self._fd_to_key
+        return [
+            (key, events & key.events)
+            for fd, events in ready
+            if (key := keys.get(fd)) is not None
+        ]
+
+    def _turn_until(self, deadline_ns: int | None) -> list[tuple[int, int]]:
+        ready: list[tuple[int, int]] = []
+        while not ready:
+            timeout_ns = -1
+            if deadline_ns is not None:
+                timeout_ns = deadline_ns - time.monotonic_ns()
+                if timeout_ns <= 0:
+                    break
+            ready = self._fdmon.turn(timeout_ns)
+        return ready
+
+    def close(self) -> None:
+        """Ends all watches and frees the ring. Harmless when repeated."""
+        self._fdmon.close()
+        super().close()
+
+    def __del__(self) -> None:
+        fdmon = getattr(self, "_fdmon", None)
+        if fdmon is not None and not fdmon.closed:
+            warnings.warn(f"unclosed selector {self!r}", ResourceWarning, source=self, stacklevel=2)
+            fdmon.close()
