@@ -1,7 +1,8 @@
 """Builds `uringloop._fdmon`, the cffi face of the C core.
 
-Why it exists: cffi's API mode compiles the C files and checks every declaration against them. Promise: the declarations are read
-from `fdmon.h` itself, so there is no second list that could drift.
+Why it exists: cffi's API mode compiles the C files and checks every declaration against them.
+Promise: the declarations are read from `fdmon.h` itself, so there is no second list that could
+drift.
 """
 
 from __future__ import annotations

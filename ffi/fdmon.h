@@ -190,10 +190,10 @@ ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon);
 void ul_fdmon_io_uring_after_fork(ul_fdmon *mon);
 
 /* Services for the three monitors. */
-uint32_t ul_poll_mask(uint32_t events);                        /* UL_* to poll(2) bits */
+uint32_t ul_poll_mask(uint32_t events);                         /* UL_* to poll(2) bits */
 void ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents); /* poll(2) bits; the mask is applied here */
-void ul_fdmon_park(ul_fdmon *mon, int fd);                     /* bad descriptor: report once, then leave it alone */
-void ul_fdmon_want_turn(ul_fdmon *mon);                        /* makes an outer loop call us, if there is one */
+void ul_fdmon_park(ul_fdmon *mon, int fd);                      /* bad descriptor: report once, then leave it alone */
+void ul_fdmon_want_turn(ul_fdmon *mon);                         /* makes an outer loop call us, if there is one */
 void ul_fd_list_push(ul_fd_list *list, int fd);
 int ul_fd_list_pop(ul_fd_list *list); /* -1 when empty */
 bool ul_fd_list_empty(const ul_fd_list *list);

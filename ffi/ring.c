@@ -27,7 +27,7 @@
 
 enum {
     RING_FLAGS = UL_SETUP_SINGLE_ISSUER | UL_SETUP_DEFER_TASKRUN | UL_SETUP_TASKRUN_FLAG | UL_SETUP_SUBMIT_ALL |
-                 UL_SETUP_CLAMP | UL_SETUP_CQSIZE,
+        UL_SETUP_CLAMP | UL_SETUP_CQSIZE,
     RING_FEATURES = UL_FEAT_SINGLE_MMAP | UL_FEAT_NODROP | UL_FEAT_SUBMIT_STABLE | UL_FEAT_EXT_ARG | UL_FEAT_CQE_SKIP,
     SMALL_SQ_ENTRIES = 64,
     SMALL_CQ_ENTRIES = 256,
@@ -205,9 +205,7 @@ void ul_ring_close_in_child(ul_ring *ring) {
     ring->fd = -1;
 }
 
-uint32_t ul_ring_unsubmitted(const ul_ring *ring) {
-    return ring->sq_tail - __atomic_load_n(ring->sq_head, __ATOMIC_ACQUIRE);
-}
+uint32_t ul_ring_unsubmitted(const ul_ring *ring) { return ring->sq_tail - __atomic_load_n(ring->sq_head, __ATOMIC_ACQUIRE); }
 
 struct ul_sqe *ul_ring_get_sqe(ul_ring *ring) {
     if (ul_ring_unsubmitted(ring) >= ring->sq_entries)
@@ -226,16 +224,15 @@ int ul_ring_enter(ul_ring *ring, uint32_t min_complete, int64_t timeout_ns) {
 
     __atomic_store_n(ring->sq_ktail, ring->sq_tail, __ATOMIC_RELEASE);
     __atomic_add_fetch(&ring->counts->enters, 1, __ATOMIC_RELAXED);
-    long ret = syscall(SYS_io_uring_enter, ring->fd, to_submit, min_complete, flags, timed ? &arg : NULL, timed ? sizeof arg : 0);
+    long ret =
+        syscall(SYS_io_uring_enter, ring->fd, to_submit, min_complete, flags, timed ? &arg : NULL, timed ? sizeof arg : 0);
     if (ret < 0)
         return -errno;
     __atomic_add_fetch(&ring->counts->sqes, (uint64_t)ret, __ATOMIC_RELAXED);
     return (int)ret;
 }
 
-bool ul_ring_overflowed(const ul_ring *ring) {
-    return __atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & UL_SQ_CQ_OVERFLOW;
-}
+bool ul_ring_overflowed(const ul_ring *ring) { return __atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & UL_SQ_CQ_OVERFLOW; }
 
 bool ul_ring_has_work(const ul_ring *ring) {
     return ul_ring_peek(ring) || (__atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & (UL_SQ_CQ_OVERFLOW | UL_SQ_TASKRUN));

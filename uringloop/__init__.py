@@ -1,4 +1,5 @@
-"""uringloop: an asyncio event loop for Linux that waits through io_uring, and through epoll or poll where that is denied.
+"""uringloop: an asyncio event loop for Linux that waits through io_uring, and through epoll or poll
+where that is denied.
 
 import uringloop
 

@@ -1,10 +1,12 @@
 """FDMon: the Python face of the C fd monitor.
 
-Why it exists: one place that knows the cffi module, chooses a monitor, names the causes of refusals and looks after rings across
-`fork()`. Promise: a call into C is made at most once per operation and once per turn; what comes back are plain tuples.
+Why it exists: one place that knows the cffi module, chooses a monitor, names the causes of refusals
+and looks after rings across `fork()`. Promise: a call into C is made at most once per operation and
+once per turn; what comes back are plain tuples.
 
-Words: a watch is a registered interest in a descriptor; a turn is one wait with everything that changed before it; enter is the
-`io_uring_enter` system call; the monitor is "io_uring", "epoll" or "poll".
+Words: a watch is a registered interest in a descriptor; a turn is one wait with everything that
+changed before it; enter is the `io_uring_enter` system call; the monitor is "io_uring", "epoll" or
+"poll".
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from struct import Struct
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 if sys.platform != "linux":
     raise ImportError("uringloop works on Linux only: it waits through io_uring, epoll or poll")
@@ -29,6 +31,8 @@ except ImportError as exc:
         f"uringloop's C extension is missing or was built for another Python ({exc});"
         " install uringloop with pip, which builds it (gcc and the Python headers are needed)"
     ) from exc
+
+CData: TypeAlias = Any  # what cffi hands out: pointers and structures of C
 
 logger = logging.getLogger("uringloop")
 
@@ -69,15 +73,19 @@ _EVENTS_MAX: Final = 1024  # per call into C, not per turn
 
 
 class UringUnavailable(OSError):
-    """The monitor that was asked for cannot be had; `errno` and the text name the refused step and its likely cause.
+    """The monitor that was asked for cannot be had; `errno` and the text name the refused step and
+    its likely cause.
 
-    Raised only where a monitor was forced (`monitor="io_uring"`, URINGLOOP_MONITOR=io_uring); "auto" falls back instead.
+    Raised only where a monitor was forced (`monitor="io_uring"`, URINGLOOP_MONITOR=io_uring);
+    "auto" falls back instead.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counters of one monitor since it was made. On epoll and poll the four of io_uring stay as they are."""
+    """Counters of one monitor since it was made. On epoll and poll the four of io_uring stay as
+    they are.
+    """
 
     turns: int
     """Waits asked for: passes of the loop."""
@@ -121,18 +129,19 @@ def describe_refusal(step: str, err: int) -> str:
 class _SpareRing(threading.local):
     """The quiet ring of this thread's last closed loop, for its next one.
 
-    A closed ring's share of RLIMIT_MEMLOCK comes back late: a loop per test would run an ordinary user out of it within about a
-    hundred loops. Test: test_ten_thousand_loops_as_an_ordinary_user_all_get_io_uring.
+    A closed ring's share of RLIMIT_MEMLOCK comes back late: a loop per test would run an ordinary
+    user out of it within about a hundred loops. Test:
+    test_ten_thousand_loops_as_an_ordinary_user_all_get_io_uring.
     """
 
     def __init__(self) -> None:
         self._ring = _RingHandle(ffi.NULL)
 
-    def take(self) -> ffi.CData:
+    def take(self) -> CData:
         ring, self._ring.ring = self._ring.ring, ffi.NULL
         return ring
 
-    def keep(self, ring: ffi.CData) -> None:
+    def keep(self, ring: CData) -> None:
         lib.ul_ring_free(self.take())
         self._ring.ring = ring
 
@@ -142,7 +151,7 @@ class _RingHandle:
 
     __slots__ = ("__weakref__", "ring")
 
-    def __init__(self, ring: ffi.CData) -> None:
+    def __init__(self, ring: CData) -> None:
         self.ring = ring
         _held.add(self)
 
@@ -157,8 +166,8 @@ class _RingHandle:
 class FDMon:
     """One fd monitor.
 
-    `turn()` belongs to the thread that runs the loop; the other methods may be called from any thread. Descriptors are plain
-    numbers here; `Selector` adds file objects and keys.
+    `turn()` belongs to the thread that runs the loop; the other methods may be called from any
+    thread. Descriptors are plain numbers here; `Selector` adds file objects and keys.
     """
 
     __slots__ = (
@@ -197,26 +206,29 @@ class FDMon:
     # -- watches and turns --
 
     def update(self, fd: int, events: int) -> None:
-        """Watches `fd` for `events` (1 read, 2 write) instead of what was watched before; 0 removes the watch.
+        """Watches `fd` for `events` (1 read, 2 write) instead of what was watched before; 0 removes
+        the watch.
 
-        Raises the OSError that epoll would for a descriptor that is closed or cannot be polled; then nothing has changed.
+        Raises the OSError that epoll would for a descriptor that is closed or cannot be polled;
+        then nothing has changed.
         """
         ret = lib.ul_fdmon_update(self._mon, fd, events)
         if ret < 0:
             raise self._error(ret)
 
     def turn(self, timeout_ns: int) -> list[tuple[int, int]]:
-        """Waits at most `timeout_ns` (negative: without limit) and returns (fd, events) of what is ready.
+        """Waits at most `timeout_ns` (negative: without limit) and returns (fd, events) of what is
+        ready.
 
-        An empty list before time is up means "interrupted": the caller returns to Python, so that signal handlers run, looks at
-        the clock and asks again.
+        An empty list before time is up means "interrupted": the caller returns to Python, so that
+        signal handlers run, looks at the clock and asks again.
         """
         n = lib.ul_fdmon_turn(self._mon, timeout_ns, self._out, _EVENTS_MAX)
         if n == 0:
             return []
         if n < 0 or n >= _EVENTS_MAX:
             return self._unusual_turn(n)
-        return list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))  # type: ignore[arg-type]
+        return list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
 
     def _unusual_turn(self, n: int) -> list[tuple[int, int]]:
         if n < 0:
@@ -228,14 +240,16 @@ class FDMon:
         while n == _EVENTS_MAX:
             n = lib.ul_fdmon_dispatch(self._mon, self._out, _EVENTS_MAX)
             events += _EVENT.iter_unpack(self._out_bytes[: n * 8])
-        return events  # type: ignore[return-value]
+        return events
 
     def need_wait(self) -> bool:
         """Whether a turn with timeout 0 has anything to do. No system call."""
         return bool(lib.ul_fdmon_need_wait(self._mon))
 
     def fileno(self) -> int:
-        """A descriptor that is readable whenever a turn is due; raises OSError(EOPNOTSUPP) on poll, which has none."""
+        """A descriptor that is readable whenever a turn is due; raises OSError(EOPNOTSUPP) on poll,
+        which has none.
+        """
         fd = lib.ul_fdmon_fileno(self._mon)
         if fd == -errno.EOPNOTSUPP:
             raise OSError(errno.EOPNOTSUPP, "the poll monitor has no descriptor of its own")
@@ -254,7 +268,7 @@ class FDMon:
 
     # -- what it is --
 
-    def _info(self) -> ffi.CData:
+    def _info(self) -> CData:
         if self._mon:
             lib.ul_fdmon_setup_info(self._mon, self._last_info)
         return self._last_info
@@ -266,7 +280,9 @@ class FDMon:
 
     @property
     def refused_step(self) -> str | None:
-        """The step that was refused when a better monitor was tried or lost, such as "io_uring_setup"."""
+        """The step that was refused when a better monitor was tried or lost, such as
+        "io_uring_setup".
+        """
         step = self._info().refused_step
         return str(ffi.string(step).decode()) if step else None
 
@@ -277,7 +293,9 @@ class FDMon:
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why this is not io_uring although it was wished for, in one line; None when there is nothing to explain."""
+        """Why this is not io_uring although it was wished for, in one line; None when there is
+        nothing to explain.
+        """
         step, err = self.refused_step, self.fallback_errno
         return describe_refusal(step, err) if step and err else None
 
@@ -288,7 +306,9 @@ class FDMon:
 
     @property
     def setup_step(self) -> str | None:
-        """The step of the set-up ladder that worked: flags and queue sizes of the ring; None without a ring."""
+        """The step of the set-up ladder that worked: flags and queue sizes of the ring; None
+        without a ring.
+        """
         info = self._info()
         if not info.sq_entries:
             return None
@@ -320,7 +340,9 @@ class FDMon:
         return not self._mon
 
     def close(self) -> None:
-        """Ends it. Every file that a watch held is let go. Harmless when repeated; not while another thread waits on it."""
+        """Ends it. Every file that a watch held is let go. Harmless when repeated; not while
+        another thread waits on it.
+        """
         if not self._mon:
             return
         self._info()
@@ -337,7 +359,9 @@ class FDMon:
             self.close()
 
     def after_fork_in_child(self) -> None:
-        """Lets go of the parent's kernel objects; the next use makes new ones. Called by `os.fork()` through Python."""
+        """Lets go of the parent's kernel objects; the next use makes new ones. Called by
+        `os.fork()` through Python.
+        """
         if self._mon:
             lib.ul_fdmon_after_fork_in_child(self._mon)
 

@@ -1,16 +1,20 @@
 """EventLoop: asyncio's own Unix event loop on our selector.
 
-Why it exists: to be asyncio on io_uring, with the whole of asyncio's API. Promise: it is a subclass, not a rewrite; whatever is
-not here is asyncio's own code.
+Why it exists: to be asyncio on io_uring, with the whole of asyncio's API. Promise: it is a
+subclass, not a rewrite; whatever is not here is asyncio's own code.
 
-The private hooks of asyncio that we use, all of them (each is guarded by test_every_private_hook_is_where_we_expect_it):
+The private hooks of asyncio that we use, all of them (each is guarded by
+test_every_private_hook_is_where_we_expect_it):
 
-- `BaseSelectorEventLoop._make_socket_transport`, `._make_datagram_transport`: which transport classes are made.
+- `BaseSelectorEventLoop._make_socket_transport`, `._make_datagram_transport`: which transport
+  classes are made.
 - `_UnixSelectorEventLoop._make_read_pipe_transport`: the same for pipes.
-- `BaseSelectorEventLoop._make_ssl_transport` and the `_ssl_protocol` of what it returns: the size of a TLS read.
-- `_SelectorSocketTransport._read_ready__data_received`, and in it `_sock`, `_conn_lost`, `_protocol`, `_fatal_error`,
-  `_read_ready__on_eof`: how bytes are received.
-- `max_size` of `_SelectorDatagramTransport`, `_UnixReadPipeTransport` and `SSLProtocol`: how much is read at once.
+- `BaseSelectorEventLoop._make_ssl_transport` and the `_ssl_protocol` of what it returns: the size
+  of a TLS read.
+- `_SelectorSocketTransport._read_ready__data_received`, and in it `_sock`, `_conn_lost`,
+  `_protocol`, `_fatal_error`, `_read_ready__on_eof`: how bytes are received.
+- `max_size` of `_SelectorDatagramTransport`, `_UnixReadPipeTransport` and `SSLProtocol`: how much
+  is read at once.
 """
 
 from __future__ import annotations
@@ -26,21 +30,28 @@ from uringloop.selector import Selector
 if TYPE_CHECKING:
     from uringloop.fdmon import Statistics
 
-# Stock asyncio allocates 256 KiB for every read and gives most of it back: malloc maps and unmaps fresh pages each time, 25 us
-# for a message of 1 KiB. We receive into one page-aligned buffer (recv to other addresses is up to ten times slower on some
-# processors) and make bytes of the exact size. It stays below malloc's 128 KiB mmap threshold, and above 100 KiB so that a
-# message of that size needs one read. Numbers: docs/decisions.md.
+# Stock asyncio allocates 256 KiB for every read and gives most of it back: malloc maps and unmaps
+# fresh pages each time, 25 us for a message of 1 KiB. We receive into one page-aligned buffer (recv
+# to other addresses is up to ten times slower on some processors) and make bytes of the exact size.
+# It stays below malloc's 128 KiB mmap threshold, and above 100 KiB so that a message of that size
+# needs one read. Numbers: docs/decisions.md.
 _RECV_BUFFER_SIZE_BYTES = 120 * 1024
 
-# One read of a pipe, of TLS plaintext, or one datagram: their natural limits are 64 KiB, 16 KiB and 64 KiB.
+# asyncio has no public name for it, and typeshed none at all.
+_StockSocketTransport: Any = selector_events._SelectorSocketTransport  # type: ignore[attr-defined]
+
+# One read of a pipe, of TLS plaintext, or one datagram: their natural limits are 64 KiB, 16 KiB and
+# 64 KiB.
 _READ_SIZE_MAX_BYTES = 64 * 1024
 
 
 class EventLoop(asyncio.SelectorEventLoop):
-    """An asyncio event loop that waits through io_uring, or through epoll or poll where io_uring is denied.
+    """An asyncio event loop that waits through io_uring, or through epoll or poll where io_uring is
+    denied.
 
-    `monitor` is None (URINGLOOP_MONITOR, else "auto"), "auto", "io_uring", "epoll" or "poll". Made in any thread, it may run in
-    any other, one at a time; methods other than `call_soon_threadsafe` and `statistics` belong to the thread that runs it.
+    `monitor` is None (URINGLOOP_MONITOR, else "auto"), "auto", "io_uring", "epoll" or "poll". Made
+    in any thread, it may run in any other, one at a time; methods other than `call_soon_threadsafe`
+    and `statistics` belong to the thread that runs it.
 
     Raises UringUnavailable when a forced monitor is refused, and ValueError for an unknown name.
     """
@@ -66,13 +77,15 @@ class EventLoop(asyncio.SelectorEventLoop):
         return self._uring_selector.fallback_reason
 
     def statistics(self) -> Statistics:
-        """Counters since the loop was made: turns, enters, SQEs, CQEs, overflows, downgrades, live watches.
+        """Counters since the loop was made: turns, enters, SQEs, CQEs, overflows, downgrades, live
+        watches.
 
         Safe from any thread; after `close()` the last values.
         """
         return self._uring_selector.statistics()
 
-    # Signatures are asyncio's, which differ between Pythons (3.15 passes context=): everything is handed on.
+    # Signatures are asyncio's, which differ between Pythons (3.15 passes context=): everything is
+    # handed on.
 
     def _make_socket_transport(self, sock: Any, protocol: Any, *args: Any, **kwargs: Any) -> Any:
         return _SocketTransport(self, sock, protocol, *args, **kwargs)
@@ -94,8 +107,11 @@ class EventLoop(asyncio.SelectorEventLoop):
         return transport
 
 
-class _SocketTransport(selector_events._SelectorSocketTransport):
-    """asyncio's stream transport, receiving into the loop's one buffer."""
+class _SocketTransport(_StockSocketTransport):
+    """asyncio's stream transport, receiving into the loop's one buffer.
+
+    As in asyncio, any exception but the two that end a program ends the connection.
+    """
 
     _loop: EventLoop
 
@@ -109,7 +125,7 @@ class _SocketTransport(selector_events._SelectorSocketTransport):
             return
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001
             self._fatal_error(exc, "Fatal read error on socket transport")
             return
         if not size_bytes:
@@ -119,5 +135,5 @@ class _SocketTransport(selector_events._SelectorSocketTransport):
             self._protocol.data_received(bytes(buffer[:size_bytes]))
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001
             self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")

@@ -1,7 +1,8 @@
 """Selector: io_uring (or epoll, or poll) behind the interface of `selectors`.
 
-Why it exists: asyncio and everything else that takes a `selectors.BaseSelector` can wait on a ring without knowing it. Promise:
-keys, events and errors are those of `selectors.EpollSelector`; only the system calls differ.
+Why it exists: asyncio and everything else that takes a `selectors.BaseSelector` can wait on a ring
+without knowing it. Promise: keys, events and errors are those of `selectors.EpollSelector`; only
+the system calls differ.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ _ALL = EVENT_READ | EVENT_WRITE
 class Selector(selectors._BaseSelectorImpl):
     """A complete `selectors.BaseSelector` over an fd monitor.
 
-    Use it alone, or as `asyncio.SelectorEventLoop(uringloop.Selector())`. `monitor` is None or "auto" (the first that works),
-    "io_uring", "epoll" or "poll"; see `uringloop.new_event_loop` for errors. Timeouts are seconds, kept to the nanosecond and
-    rounded up. Changes cost no system call on io_uring; they travel with the next `select()`. Removing a watch that is armed in
-    the kernel enters at once, so that a `close()` right after it really closes.
+    Use it alone, or as `asyncio.SelectorEventLoop(uringloop.Selector())`. `monitor` is None or
+    "auto" (the first that works), "io_uring", "epoll" or "poll"; see `uringloop.new_event_loop` for
+    errors. Timeouts are seconds, kept to the nanosecond and rounded up. Changes cost no system call
+    on io_uring; they travel with the next `select()`. Removing a watch that is armed in the kernel
+    enters at once, so that a `close()` right after it really closes.
 
-    Not thread-safe, like every selector; a call from a wrong thread does no damage but does not wake a `select()` either.
+    Not thread-safe, like every selector; a call from a wrong thread does no damage but does not
+    wake a `select()` either.
     """
+
+    _fd_to_key: dict[int, SelectorKey]
 
     def __init__(self, monitor: str | None = None) -> None:
         super().__init__()
@@ -45,7 +50,7 @@ class Selector(selectors._BaseSelectorImpl):
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why io_uring is not in use although it was tried; None when it is, or was not wished for."""
+        """Why io_uring is not in use although it was tried; None if it is or was not wished for."""
         return self._fdmon.fallback_reason
 
     def statistics(self) -> Statistics:
@@ -54,20 +59,21 @@ class Selector(selectors._BaseSelectorImpl):
 
     @property
     def fileno(self) -> Callable[[], int]:
-        """`fileno()` gives a descriptor for an outer loop: readable whenever `select(0)` should be called.
+        """`fileno()` gives a descriptor for an outer loop: readable whenever `select(0)` should be
+        called.
 
-        On io_uring an eventfd, made by the first call; on epoll the epoll descriptor. On poll there is none, hence no such
-        method, as `selectors.PollSelector` has none. Ask again after a run-time downgrade (`monitor` has changed): the old
-        descriptor was signalled once.
+        On io_uring an eventfd, made by the first call; on epoll the epoll descriptor. On poll there
+        is none, hence no such method, as `selectors.PollSelector` has none. Ask again after a
+        run-time downgrade (`monitor` has changed): the old descriptor was signalled once.
         """
         if self.monitor == "poll":
             raise AttributeError("the poll monitor has no descriptor of its own, so no fileno()")
         return self._fdmon.fileno
 
-    def register(
-        self, fileobj: FileDescriptorLike, events: int, data: Any = None
-    ) -> SelectorKey:
-        """Watches a file object or descriptor. Errors as EpollSelector: ValueError, KeyError, OSError (EBADF, EPERM)."""
+    def register(self, fileobj: FileDescriptorLike, events: int, data: Any = None) -> SelectorKey:
+        """Watches a file object or descriptor. Errors as EpollSelector: ValueError, KeyError,
+        OSError (EBADF, EPERM).
+        """
         key = super().register(fileobj, events, data)
         try:
             self._fdmon.update(key.fd, events)
@@ -77,7 +83,9 @@ class Selector(selectors._BaseSelectorImpl):
         return key
 
     def unregister(self, fileobj: FileDescriptorLike) -> SelectorKey:
-        """Ends a watch: it is never reported again, and the kernel no longer holds the file. KeyError when there is none."""
+        """Ends a watch: it is never reported again, and the kernel no longer holds the file.
+        KeyError when there is none.
+        """
         key = super().unregister(fileobj)
         self._fdmon.update(key.fd, 0)
         return key
@@ -98,7 +106,8 @@ class Selector(selectors._BaseSelectorImpl):
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
         """Waits for readiness: for ever (None), not at all (<= 0) or at most `timeout` seconds.
 
-        A signal handler runs during the wait; if it does not raise, the wait goes on for the rest of the time (PEP 475).
+        A signal handler runs during the wait; if it does not raise, the wait goes on for the rest
+        of the time (PEP 475).
         """
         if timeout is None:
             ready = self._fdmon.turn(-1) or self._turn_until(None)
@@ -110,9 +119,7 @@ class Selector(selectors._BaseSelectorImpl):
             ready = self._fdmon.turn(timeout_ns) or self._turn_until(deadline_ns)
         keys = self._fd_to_key
         return [
-            (key, events & key.events)
-            for fd, events in ready
-            if (key := keys.get(fd)) is not None
+            (key, events & key.events) for fd, events in ready if (key := keys.get(fd)) is not None
         ]
 
     def _turn_until(self, deadline_ns: int | None) -> list[tuple[int, int]]:

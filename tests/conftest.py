@@ -1,0 +1,97 @@
+"""What every test shares: the three monitors, and the check that nothing is left behind.
+
+The promise: after each test no descriptor is leaked, no monitor is open and no child process is
+left, whatever the test was about.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import uringloop
+from uringloop import fdmon
+
+MONITORS = ("io_uring", "epoll", "poll")
+
+
+def refusal(monitor: str) -> str | None:
+    """Why this machine cannot run a monitor, or None."""
+    try:
+        fdmon.FDMon.create(monitor).close()
+    except uringloop.UringUnavailable as exc:
+        return str(exc)
+    return None
+
+
+@pytest.fixture(params=MONITORS)
+def monitor(request: pytest.FixtureRequest) -> str:
+    """Each monitor in turn; one that this machine refuses is skipped with the reason, and is a
+    failure in our CI.
+    """
+    reason = refusal(request.param)
+    if reason and os.environ.get("CI") and not os.environ.get("URINGLOOP_TEST_DENIED"):
+        pytest.fail(f"CI must offer every monitor: {reason}")
+    if reason:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+@pytest.fixture
+def make_loop(monitor: str) -> Iterator[Callable[[], uringloop.EventLoop]]:
+    """Makes loops on the monitor under test and closes them afterwards."""
+    loops: list[uringloop.EventLoop] = []
+
+    def make() -> uringloop.EventLoop:
+        loops.append(uringloop.new_event_loop(monitor=monitor))
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        loop.close()
+
+
+@pytest.fixture
+def loop(make_loop: Callable[[], uringloop.EventLoop]) -> uringloop.EventLoop:
+    """One loop on the monitor under test, not running."""
+    return make_loop()
+
+
+@pytest.fixture
+def selector(monitor: str) -> Iterator[uringloop.Selector]:
+    """One selector on the monitor under test."""
+    with uringloop.Selector(monitor) as selector:
+        yield selector
+
+
+def open_files() -> dict[int, str]:
+    """What is open here: descriptor to target. Rings apart: a thread may keep one spare."""
+    files = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = Path(f"/proc/self/fd/{fd}").readlink()
+        except FileNotFoundError:
+            continue  # the directory listing itself
+        if str(target) != "anon_inode:[io_uring]":
+            files[int(fd)] = str(target)
+    return files
+
+
+def open_monitors() -> int:
+    return sum(isinstance(held, fdmon.FDMon) and not held.closed for held in list(fdmon._held))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Fails a test that leaks a descriptor, a monitor or a child."""
+    gc.collect()
+    files, monitors = open_files(), open_monitors()
+    yield
+    gc.collect()
+    leaked = {fd: target for fd, target in open_files().items() if files.get(fd) != target}
+    assert not leaked, f"descriptors leaked: {leaked}"
+    assert open_monitors() <= monitors, "a monitor was left open"
