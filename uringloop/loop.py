@@ -11,8 +11,8 @@ test_every_private_hook_is_where_we_expect_it):
 - `_UnixSelectorEventLoop._make_read_pipe_transport`: the same for pipes.
 - `BaseSelectorEventLoop._make_ssl_transport` and the `_ssl_protocol` of what it returns: the size
   of a TLS read.
-- `_SelectorSocketTransport._read_ready__data_received`, and in it `_sock`, `_conn_lost`,
-  `_protocol`, `_fatal_error`, `_read_ready__on_eof`: how bytes are received.
+- `_SelectorSocketTransport.set_protocol`, `._read_ready__data_received`, and in it `_sock`,
+  `_conn_lost`, `_protocol`, `_fatal_error`, `_read_ready__on_eof`: how bytes are received.
 - `max_size` of `_SelectorDatagramTransport`, `_UnixReadPipeTransport` and `SSLProtocol`: how much
   is read at once.
 """
@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import socket
-from asyncio import selector_events
+from asyncio import selector_events, sslproto
 from typing import TYPE_CHECKING, Any
 
 from uringloop.selector import Selector
@@ -107,13 +107,18 @@ class EventLoop(asyncio.SelectorEventLoop):
         return transport
 
 
-class _SocketTransport(_StockSocketTransport):
+class _SocketTransport(_StockSocketTransport):  # type: ignore[misc]
     """asyncio's stream transport, receiving into the loop's one buffer.
 
     As in asyncio, any exception but the two that end a program ends the connection.
     """
 
     _loop: EventLoop
+
+    def set_protocol(self, protocol: Any) -> None:
+        if isinstance(protocol, sslproto.SSLProtocol):  # start_tls makes it without asking the loop
+            protocol.max_size = _READ_SIZE_MAX_BYTES  # type: ignore[misc]
+        super().set_protocol(protocol)
 
     def _read_ready__data_received(self) -> None:
         if self._conn_lost:
