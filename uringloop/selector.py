@@ -24,6 +24,15 @@ _TIMEOUT_NS_MAX = 2**62  # 146 years; what is longer would not fit the kernel's 
 _ALL = EVENT_READ | EVENT_WRITE
 
 
+class _Keys(selectors._SelectorMapping):  # type: ignore[name-defined,misc]
+    """What `get_map()` gives, with a short way for plain descriptors."""
+
+    def get(self, fileobj: FileDescriptorLike, default: Any = None) -> Any:
+        if type(fileobj) is int and fileobj >= 0:
+            return self._selector._fd_to_key.get(fileobj, default)
+        return super().get(fileobj, default)
+
+
 class Selector(selectors._BaseSelectorImpl):
     """A complete `selectors.BaseSelector` over an fd monitor.
 
@@ -38,9 +47,11 @@ class Selector(selectors._BaseSelectorImpl):
     """
 
     _fd_to_key: dict[int, SelectorKey]
+    _fileobj_lookup: Callable[[FileDescriptorLike], int]
 
     def __init__(self, monitor: str | None = None) -> None:
         super().__init__()
+        self._map = _Keys(self)
         self._fdmon = FDMon.create(monitor)
 
     @property
@@ -74,21 +85,30 @@ class Selector(selectors._BaseSelectorImpl):
         """Watches a file object or descriptor. Errors as EpollSelector: ValueError, KeyError,
         OSError (EBADF, EPERM).
         """
-        key = super().register(fileobj, events, data)
-        try:
-            self._fdmon.update(key.fd, events)
-        except BaseException:
-            super().unregister(fileobj)
-            raise
+        fd = self._descriptor(fileobj)
+        if not events or events & ~_ALL:
+            raise ValueError(f"Invalid events: {events!r}")
+        if fd in self._fd_to_key:
+            raise KeyError(f"{fileobj!r} (FD {fd}) is already registered")
+        self._fdmon.update(fd, events)
+        key = self._fd_to_key[fd] = SelectorKey(fileobj, fd, events, data)
         return key
 
     def unregister(self, fileobj: FileDescriptorLike) -> SelectorKey:
         """Ends a watch: it is never reported again, and the kernel no longer holds the file.
         KeyError when there is none.
         """
-        key = super().unregister(fileobj)
+        key = self._fd_to_key.pop(self._descriptor(fileobj), None)
+        if key is None:
+            raise KeyError(f"{fileobj!r} is not registered")
         self._fdmon.update(key.fd, 0)
         return key
+
+    def _descriptor(self, fileobj: FileDescriptorLike) -> int:
+        # asyncio passes plain numbers, twice per operation; the general look-up costs three calls.
+        if type(fileobj) is int and fileobj >= 0:
+            return fileobj
+        return self._fileobj_lookup(fileobj)
 
     def modify(self, fileobj: FileDescriptorLike, events: int, data: Any = None) -> SelectorKey:
         """Changes events or data of a watch. A change of data alone costs the kernel nothing."""
