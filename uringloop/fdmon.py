@@ -22,14 +22,17 @@ from struct import Struct
 from typing import Any, Final, TypeAlias
 
 if sys.platform != "linux":
-    raise ImportError("uringloop works on Linux only: it waits through io_uring, epoll or poll")
+    raise ImportError(
+        "uringloop works on Linux only: it waits through io_uring, epoll or poll", name="uringloop"
+    )
 
 try:
     from uringloop._fdmon import ffi, lib
 except ImportError as exc:
     raise ImportError(
         f"uringloop's C extension is missing or was built for another Python ({exc});"
-        " install uringloop with pip, which builds it (gcc and the Python headers are needed)"
+        " install uringloop with pip, which builds it (gcc and the Python headers are needed)",
+        name="uringloop",
     ) from exc
 
 CData: TypeAlias = Any  # what cffi hands out: pointers and structures of C

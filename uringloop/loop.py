@@ -13,6 +13,7 @@ test_every_private_hook_is_where_we_expect_it):
   of a TLS read.
 - `_SelectorSocketTransport.set_protocol`, `._read_ready__data_received`, and in it `_sock`,
   `_conn_lost`, `_protocol`, `_fatal_error`, `_read_ready__on_eof`: how bytes are received.
+- `BaseEventLoop._closed`: what its `__del__` asks.
 - `max_size` of `_SelectorDatagramTransport`, `_UnixReadPipeTransport` and `SSLProtocol`: how much
   is read at once.
 """
@@ -56,6 +57,9 @@ class EventLoop(asyncio.SelectorEventLoop):
 
     Raises UringUnavailable when a forced monitor is refused, and ValueError for an unknown name.
     """
+
+    # A loop that was refused a monitor has nothing to close; asyncio's __init__ says False.
+    _closed = True
 
     def __init__(self, *, monitor: str | None = None) -> None:
         selector = Selector(monitor)
