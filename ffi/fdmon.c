@@ -8,6 +8,7 @@
 #include "fdmon.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -86,12 +87,13 @@ static void push_ready(ul_fdmon *mon, int fd) {
 
 /* As EpollSelector reads them: whatever is not POLLOUT alone wakes a reader, whatever is not POLLIN alone wakes a writer, so
  * HUP and ERR wake both. Bits nobody asked for (io_uring adds POLLRDHUP) are dropped first. */
-void ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents) {
+bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents) {
     ul_watch *watch = &mon->watches[fd];
     revents &= ul_poll_mask(watch->events) | POLLERR | POLLHUP;
     uint32_t events = ((revents & ~(uint32_t)POLLOUT) ? UL_READ : 0) | ((revents & ~(uint32_t)POLLIN) ? UL_WRITE : 0);
     watch->revents |= (uint8_t)(events & watch->events);
     push_ready(mon, fd);
+    return events & watch->events;
 }
 
 void ul_fdmon_park(ul_fdmon *mon, int fd) {
@@ -136,8 +138,8 @@ static void forget_wanted_turn(ul_fdmon *mon) {
 
 static int refused(ul_fdmon *mon, const char *step, int err) {
     if (step)
-        mon->refused_step = step;
-    mon->refused_errno = -err;
+        mon->info.refused_step = step;
+    mon->info.refused_errno = -err;
     return err;
 }
 
@@ -155,15 +157,15 @@ static int choose(ul_fdmon *mon, ul_ring *spare) {
         return 0;
     if (mon->kind == UL_AUTO || mon->kind == UL_EPOLL) {
         ret = ul_fdmon_epoll_setup(mon);
-        if (ret < 0 && (mon->kind == UL_EPOLL || !mon->refused_step))
+        if (ret < 0 && (mon->kind == UL_EPOLL || !mon->info.refused_step))
             refused(mon, "epoll_create1", ret);
     }
     return mon->kind == UL_AUTO ? 0 : ret;
 }
 
-static void free_monitor(ul_fdmon *mon) {
-    if (mon->eventfd >= 0)
-        close(mon->eventfd);
+void ul_fdmon_free(ul_fdmon *mon) {
+    if (!mon)
+        return;
     pthread_mutex_destroy(&mon->lock);
     free(mon->watches);
     free(mon->pending.fds);
@@ -190,7 +192,7 @@ int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_inf
     if (ret < 0) {
         if (mon->ops)
             mon->ops->close(mon, 0);
-        free_monitor(mon);
+        ul_fdmon_free(mon);
         return ret;
     }
     *out = mon;
@@ -200,16 +202,18 @@ int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_inf
 int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
     *spare = NULL;
     pthread_mutex_lock(&mon->lock);
-    bool waiting = mon->waiting;
-    if (!waiting) {
+    int ret = mon->waiting ? -EBUSY : 0;
+    if (ret == 0 && !mon->closed) {
         *spare = ul_fdmon_io_uring_release(mon);
         mon->ops->close(mon, 0);
+        if (mon->eventfd >= 0)
+            close(mon->eventfd);
+        mon->eventfd = -1;
+        mon->watches_live = 0;
+        mon->closed = true;
     }
     pthread_mutex_unlock(&mon->lock);
-    if (waiting)
-        return -EBUSY;
-    free_monitor(mon);
-    return 0;
+    return ret;
 }
 
 /* ---- losing a monitor ---- */
@@ -250,7 +254,7 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon) {
     if (mon->eventfd >= 0)
         close(mon->eventfd);
     mon->epoll_fd = mon->eventfd = -1;
-    mon->stale = true;
+    mon->stale = !mon->closed;
 }
 
 /* ---- the public verbs ---- */
@@ -273,9 +277,11 @@ int ul_fd_pollable(int fd) {
 }
 
 static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
-    int ret = grow_table(mon, fd);
+    int ret = 0;
+    if ((size_t)fd >= mon->watches_cap && (ret = fcntl(fd, F_GETFD)) >= 0)
+        ret = grow_table(mon, fd); /* only for what is open: a wrong number may be two thousand million */
     if (ret < 0)
-        return ret;
+        return ret == -1 ? -errno : ret;
     ul_watch *watch = &mon->watches[fd];
     ul_watch before = *watch;
     if (before.events == 0 && events == 0)
@@ -297,13 +303,16 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
 }
 
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
-    if (!mon || fd < 0)
+    if (fd < 0)
         return -EBADF;
     if (events & ~(uint32_t)(UL_READ | UL_WRITE))
         return -EINVAL;
     pthread_mutex_lock(&mon->lock);
-    renew(mon);
-    int ret = set_watch(mon, fd, events);
+    int ret = -EBADF;
+    if (!mon->closed) {
+        renew(mon);
+        ret = set_watch(mon, fd, events);
+    }
     if (ret == 0)
         ul_fdmon_want_turn(mon);
     pthread_mutex_unlock(&mon->lock);
@@ -320,11 +329,9 @@ static int wait_or_downgrade(ul_fdmon *mon, int64_t timeout_ns) {
 }
 
 int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max) {
-    if (!mon)
-        return -EBADF;
     pthread_mutex_lock(&mon->lock);
-    int ret = -EBUSY;
-    if (!mon->waiting) {
+    int ret = mon->closed ? -EBADF : -EBUSY;
+    if (!mon->closed && !mon->waiting) {
         mon->turns++;
         renew(mon);
         forget_wanted_turn(mon);
@@ -352,8 +359,6 @@ int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max) {
 }
 
 bool ul_fdmon_need_wait(ul_fdmon *mon) {
-    if (!mon)
-        return false;
     pthread_mutex_lock(&mon->lock);
     bool need = mon->stale || !ul_fd_list_empty(&mon->ready) || mon->ops->need_wait(mon);
     pthread_mutex_unlock(&mon->lock);
@@ -361,12 +366,12 @@ bool ul_fdmon_need_wait(ul_fdmon *mon) {
 }
 
 int ul_fdmon_fileno(ul_fdmon *mon) {
-    if (!mon)
-        return -EBADF;
     pthread_mutex_lock(&mon->lock);
     renew(mon);
-    int fd = -EOPNOTSUPP;
-    if (strcmp(mon->ops->name, "epoll") == 0) {
+    int fd = mon->closed ? -EBADF : -EOPNOTSUPP;
+    if (mon->closed) {
+        /* nothing to watch */
+    } else if (strcmp(mon->ops->name, "epoll") == 0) {
         fd = mon->epoll_fd;
     } else if (strcmp(mon->ops->name, "io_uring") == 0) {
         if (mon->eventfd < 0) {
@@ -393,15 +398,7 @@ void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out) {
 
 void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out) {
     pthread_mutex_lock(&mon->lock);
-    memset(out, 0, sizeof *out);
+    *out = mon->info;
     out->name = mon->ops ? mon->ops->name : NULL;
-    out->refused_step = mon->refused_step;
-    out->refused_errno = mon->refused_errno;
-    if (mon->ring) {
-        out->ring_setup_flags = mon->ring->setup_flags;
-        out->ring_features = mon->ring->features;
-        out->sq_entries = mon->ring->sq_entries;
-        out->cq_entries = mon->ring->cq_entries;
-    }
     pthread_mutex_unlock(&mon->lock);
 }

@@ -64,10 +64,12 @@ typedef struct ul_ring ul_ring;
  * from ul_fdmon_close(), or NULL; it is used or freed. On failure *info tells the refused step. */
 int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_info *info);
 
-/* Ends the monitor and frees it. Called by the owner thread of a working ring it cancels and reaps everything in flight and
- * leaves that ring in *spare for the next monitor of this thread; otherwise it drops the ring and *spare is NULL.
- * -EBUSY, and nothing done, while another thread waits on it. */
+/* Ends the monitor; the verbs answer -EBADF from now on, the statistics stay. Called by the owner thread of a working ring it
+ * cancels and reaps everything in flight and leaves that ring in *spare for the next monitor of this thread; otherwise it drops
+ * the ring and *spare is NULL. -EBUSY, and nothing done, while another thread waits on it. */
 int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare);
+/* Frees a closed monitor, once no thread can call it any more. */
+void ul_fdmon_free(ul_fdmon *mon);
 void ul_ring_free(ul_ring *ring);
 
 /* In a forked child, before anything else: lets go of the parent's kernel objects without touching them. The next use makes own
@@ -82,8 +84,7 @@ int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
 /* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all) and stores up to out_max ready
  * descriptors, each once. Returns their number, perhaps | UL_DOWNGRADED. 0 before the timeout means "interrupted, ask again":
- * the caller looks after signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: mon is NULL, as in
- * the verbs around this one. */
+ * the caller looks after signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
 int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max);
 
 /* Hands over what the last turn collected and had no room for. Never blocks, never enters the kernel. */
@@ -106,6 +107,7 @@ typedef struct ul_watch {
     uint8_t revents;  /* collected and not handed over yet, in the same bits */
     bool on_ready;    /* has a place on mon->ready (kept when the watch is removed: the place stays) */
     bool on_pending;  /* has a place on mon->pending */
+    bool edge;        /* io_uring: a one-shot poll would fire for ever with nothing that was asked for */
     bool parked;      /* its descriptor is bad: reported once, not armed again before it is changed */
     uint32_t request; /* io_uring: index + 1 of the request in flight; poll: index + 1 in the poll set; 0 = none */
 } ul_watch;
@@ -142,6 +144,7 @@ typedef struct ul_request {
     int32_t fd;
     uint32_t generation;
     uint8_t events;
+    bool multishot;
     enum { UL_FREE = 0, UL_ARMED, UL_DYING } state;
     uint32_t next_free;
 } ul_request;
@@ -151,7 +154,8 @@ struct ul_fdmon {
     const FDMonOps *ops;
     enum ul_kind kind; /* what was asked for */
     bool stale;        /* the kernel objects are gone (fork, drop by another thread): set up again before the next use */
-    bool waiting;      /* a thread is in the kernel, without the lock */
+    bool closed;
+    bool waiting; /* a thread is in the kernel, without the lock */
 
     ul_watch *watches; /* by fd */
     size_t watches_cap, watches_live;
@@ -163,7 +167,8 @@ struct ul_fdmon {
     ul_request *requests;
     uint32_t requests_cap, requests_in_flight, requests_free; /* free: index + 1 of the first free one */
     int errors_in_a_row;
-    int eventfd; /* -1 until somebody asks for fileno() */
+    bool cancel_again; /* a POLL_REMOVE came too late for the poll's wake-up and too early for its end */
+    int eventfd;       /* -1 until somebody asks for fileno() */
 
     int epoll_fd;
     bool no_epoll_pwait2;
@@ -176,8 +181,7 @@ struct ul_fdmon {
     ul_ring_counts counts;
     uint64_t turns, downgrades;
     bool downgrade_unreported;
-    const char *refused_step;
-    int refused_errno;
+    ul_setup_info info; /* of the last ring and the last refusal */
 };
 
 /* Each makes its kernel object, takes over every live watch and sets mon->ops; or returns -errno and changes nothing. */
@@ -191,7 +195,7 @@ void ul_fdmon_io_uring_after_fork(ul_fdmon *mon);
 
 /* Services for the three monitors. */
 uint32_t ul_poll_mask(uint32_t events);                         /* UL_* to poll(2) bits */
-void ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents); /* poll(2) bits; the mask is applied here */
+bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents); /* poll(2) bits; false: nothing that was asked for */
 void ul_fdmon_park(ul_fdmon *mon, int fd);                      /* bad descriptor: report once, then leave it alone */
 void ul_fdmon_want_turn(ul_fdmon *mon);                         /* makes an outer loop call us, if there is one */
 void ul_fd_list_push(ul_fd_list *list, int fd);

@@ -16,6 +16,12 @@
  *   has just fired is not armed: closing a connection from its own callback costs nothing. Tests:
  *   test_peer_sees_end_of_file_after_remove_reader_and_close.
  * - The poll outlives the number, so user_data is {generation, index} and never the fd. A request is free only after its cqe.
+ * - POLLRDHUP completes every poll, asked for or not. To a writer whose peer has ended its side that is a poll that fires for
+ *   ever with nothing to report. Such a watch is armed multishot, which fires on edges only, until something that was asked for
+ *   comes. Test: test_waiting_to_write_to_a_peer_that_has_half_closed_costs_no_cpu.
+ * - POLL_REMOVE answers -EALREADY when the poll has been woken and its wake-up is not processed yet. If that brings nothing, the
+ *   poll lives on, so the removal is repeated. Test:
+ *   test_a_wake_up_without_readiness_does_not_keep_a_removed_watch_in_the_kernel.
  * - A poll whose submitting thread has exited ends with -ECANCELED; the watch is simply armed again.
  * - A closed descriptor answers -EBADF at once and for ever: such a watch is reported once and parked.
  * - The ring obeys one thread. A turn in another thread (-EEXIST) builds a new ring there and arms everything again; polls
@@ -29,6 +35,8 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define REMOVAL 0x80000000u /* in user_data: the answer to a POLL_REMOVE, not the poll itself */
 
 enum {
     SQ_ENTRIES = 256, /* with the completion queue about 84 KiB of locked memory */
@@ -131,7 +139,7 @@ static int open_ring(ul_fdmon *mon, ul_ring *spare) {
         ring = calloc(1, sizeof *ring);
         ret = ring ? ul_ring_open(ring, SQ_ENTRIES, CQ_ENTRIES, &mon->counts, &step) : -ENOMEM;
         if (ret < 0) {
-            mon->refused_step = step;
+            mon->info.refused_step = step;
             free(ring);
             return ret;
         }
@@ -139,6 +147,10 @@ static int open_ring(ul_fdmon *mon, ul_ring *spare) {
     ring->counts = &mon->counts;
     mon->ring = ring;
     mon->ring_owner = pthread_self();
+    mon->info.ring_setup_flags = ring->setup_flags;
+    mon->info.ring_features = ring->features;
+    mon->info.sq_entries = ring->sq_entries;
+    mon->info.cq_entries = ring->cq_entries;
     mon->errors_in_a_row = 0;
     want_all_armed(mon);
     return 0;
@@ -146,25 +158,38 @@ static int open_ring(ul_fdmon *mon, ul_ring *spare) {
 
 /* ---- completions ---- */
 
+static void polled(ul_fdmon *mon, int fd, const struct ul_cqe *cqe) {
+    ul_watch *watch = &mon->watches[fd];
+    if (cqe->res < 0 && cqe->res != -ECANCELED) {
+        ul_fdmon_park(mon, fd);
+        return;
+    }
+    bool asked_for = cqe->res > 0 && ul_fdmon_collect(mon, fd, (uint32_t)cqe->res);
+    if (cqe->res > 0)
+        watch->edge = !asked_for;
+    if (asked_for || !(cqe->flags & UL_CQE_F_MORE))
+        want_armed(mon, fd);
+}
+
 static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
-    uint32_t id = (uint32_t)cqe->user_data;
-    if (id == 0 || id > mon->requests_cap || request_user_data(mon, id) != cqe->user_data)
-        return; /* the answer to a POLL_REMOVE */
+    uint64_t target = cqe->user_data & ~(uint64_t)REMOVAL;
+    uint32_t id = (uint32_t)target;
+    if (id == 0 || id > mon->requests_cap || request_user_data(mon, id) != target)
+        return; /* that request is gone */
+    if (cqe->user_data & REMOVAL) {
+        mon->cancel_again |= cqe->res == -EALREADY;
+        return;
+    }
     ul_request *request = &mon->requests[id - 1];
     int fd = request->fd;
     bool live = request->state == UL_ARMED;
-    free_request(mon, id);
-    if (mon->watches[fd].request == id)
-        mon->watches[fd].request = 0;
-    if (!live)
-        return;
-    if (cqe->res >= 0 || cqe->res == -ECANCELED) {
-        if (cqe->res > 0)
-            ul_fdmon_collect(mon, fd, (uint32_t)cqe->res);
-        want_armed(mon, fd);
-    } else {
-        ul_fdmon_park(mon, fd);
+    if (!(cqe->flags & UL_CQE_F_MORE)) {
+        free_request(mon, id);
+        if (mon->watches[fd].request == id)
+            mon->watches[fd].request = 0;
     }
+    if (live)
+        polled(mon, fd, cqe);
 }
 
 static void drain(ul_fdmon *mon) {
@@ -220,11 +245,20 @@ static int cancel(ul_fdmon *mon, uint32_t id) {
     struct ul_sqe *sqe = get_sqe(mon, &err);
     if (!sqe)
         return err;
-    if (mon->requests[id - 1].state == UL_FREE)
-        ul_prep_poll_remove(sqe, 0); /* it completed while we made room: remove nothing */
-    else
-        ul_prep_poll_remove(sqe, request_user_data(mon, id));
+    if (mon->requests[id - 1].state != UL_FREE) { /* else it completed while we made room, and this entry does nothing */
+        uint64_t user_data = request_user_data(mon, id);
+        ul_prep_poll_remove(sqe, user_data, user_data | REMOVAL);
+    }
     return 0;
+}
+
+static int cancel_dying(ul_fdmon *mon) {
+    int err = 0;
+    mon->cancel_again = false;
+    for (uint32_t id = 1; err == 0 && id <= mon->requests_cap; id++)
+        if (mon->requests[id - 1].state == UL_DYING)
+            err = cancel(mon, id);
+    return err;
 }
 
 static void take_request(ul_fdmon *mon, int fd, struct ul_sqe *sqe) {
@@ -235,9 +269,14 @@ static void take_request(ul_fdmon *mon, int fd, struct ul_sqe *sqe) {
     mon->requests_in_flight++;
     request->fd = fd;
     request->events = watch->events;
+    request->multishot = watch->edge;
     request->state = UL_ARMED;
     watch->request = id;
-    ul_prep_poll_add(sqe, fd, ul_poll_mask(watch->events), request_user_data(mon, id));
+    ul_prep_poll_add(sqe, fd, ul_poll_mask(watch->events), watch->edge, request_user_data(mon, id));
+}
+
+static bool is_as_wanted(const ul_watch *watch, const ul_request *request) {
+    return request->state == UL_ARMED && request->events == watch->events && request->multishot == watch->edge;
 }
 
 /* Gives the kernel what one pending watch needs: nothing, a poll, the end of the old poll, or one in exchange for the other. */
@@ -246,7 +285,7 @@ static int arm(ul_fdmon *mon, int fd) {
     ul_watch *watch = &mon->watches[fd];
     uint32_t old = watch->request;
     bool wanted = watch->events && !watch->parked;
-    if (old && wanted && mon->requests[old - 1].state == UL_ARMED && mon->requests[old - 1].events == watch->events)
+    if (old && wanted && is_as_wanted(watch, &mon->requests[old - 1]))
         return 0;
     if (old) {
         watch->request = 0;
@@ -269,6 +308,9 @@ static int arm_pending(ul_fdmon *mon) {
     /* Counted first: making room in the queue may collect completions, whose watches want to be armed again after the
      * callbacks, not now. */
     size_t n = mon->pending.count - mon->pending.first;
+    int again = mon->cancel_again ? cancel_dying(mon) : 0;
+    if (again < 0)
+        return again;
     for (; n > 0; n--) {
         int fd = ul_fd_list_pop(&mon->pending);
         mon->watches[fd].on_pending = false;
@@ -294,8 +336,11 @@ static void drop_and_rearm(ul_fdmon *mon, int err) {
 static void cancel_and_reap(ul_fdmon *mon, uint32_t id) {
     uint32_t generation = mon->requests[id - 1].generation;
     int err = cancel(mon, id);
-    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && mon->requests[id - 1].generation == generation; i++)
+    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && mon->requests[id - 1].generation == generation; i++) {
         err = enter_and_drain(mon);
+        if (err == 0 && mon->cancel_again)
+            err = cancel_dying(mon);
+    }
     if (mon->requests[id - 1].generation == generation)
         drop_and_rearm(mon, err);
 }
@@ -377,7 +422,8 @@ static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
 static bool io_uring_need_wait(ul_fdmon *mon) {
     if (!ul_fd_list_empty(&mon->pending) || !mon->ring)
         return mon->watches_live > 0 || mon->ring;
-    return ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) || (mon->eventfd >= 0 && !mon->ring->has_eventfd);
+    return mon->cancel_again || ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) ||
+           (mon->eventfd >= 0 && !mon->ring->has_eventfd);
 }
 
 static void io_uring_close(ul_fdmon *mon, int err) {
@@ -390,15 +436,15 @@ static void io_uring_close(ul_fdmon *mon, int err) {
 ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
     if (!is_owner(mon))
         return NULL;
-    int err = 0;
-    for (uint32_t id = 1; err == 0 && id <= mon->requests_cap; id++) {
-        if (mon->requests[id - 1].state == UL_ARMED) {
+    for (uint32_t id = 1; id <= mon->requests_cap; id++)
+        if (mon->requests[id - 1].state == UL_ARMED)
             mon->requests[id - 1].state = UL_DYING;
-            err = cancel(mon, id);
-        }
-    }
-    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && (mon->requests_in_flight || ul_ring_unsubmitted(mon->ring)); i++)
+    int err = mon->requests_in_flight ? cancel_dying(mon) : 0;
+    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && (mon->requests_in_flight || ul_ring_unsubmitted(mon->ring)); i++) {
         err = enter_and_drain(mon);
+        if (err == 0 && mon->cancel_again)
+            err = cancel_dying(mon);
+    }
     if (err == 0)
         err = ul_ring_set_eventfd(mon->ring, -1);
     if (err < 0 || mon->requests_in_flight)

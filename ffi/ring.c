@@ -134,12 +134,12 @@ static int expect_completion(ul_ring *ring, uint64_t user_data, int32_t *res) {
 static int self_test_with(ul_ring *ring, int fd) {
     enum { FIRES = 1, WAITS = 2 };
     int32_t res = 0;
-    ul_prep_poll_add(ul_ring_get_sqe(ring), fd, POLLOUT, FIRES);
+    ul_prep_poll_add(ul_ring_get_sqe(ring), fd, POLLOUT, false, FIRES);
     int ret = expect_completion(ring, FIRES, &res);
     if (ret < 0 || !(res > 0 && (res & POLLOUT)))
         return ret < 0 ? ret : -EOPNOTSUPP;
-    ul_prep_poll_add(ul_ring_get_sqe(ring), fd, POLLIN, WAITS);
-    ul_prep_poll_remove(ul_ring_get_sqe(ring), WAITS);
+    ul_prep_poll_add(ul_ring_get_sqe(ring), fd, POLLIN, false, WAITS);
+    ul_prep_poll_remove(ul_ring_get_sqe(ring), WAITS, 0);
     ret = expect_completion(ring, WAITS, &res);
     if (ret < 0 || res != -ECANCELED)
         return ret < 0 ? ret : -EOPNOTSUPP;
@@ -260,18 +260,20 @@ int ul_ring_set_eventfd(ul_ring *ring, int eventfd) {
     return 0;
 }
 
-void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, uint64_t user_data) {
+void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool multishot, uint64_t user_data) {
     sqe->opcode = UL_OP_POLL_ADD;
     sqe->fd = fd;
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
     poll_events = (poll_events << 16) | (poll_events >> 16); /* the kernel reads this field as two halves */
 #endif
     sqe->op_flags = poll_events;
+    sqe->len = multishot ? UL_POLL_ADD_MULTI : 0;
     sqe->user_data = user_data;
 }
 
-void ul_prep_poll_remove(struct ul_sqe *sqe, uint64_t target_user_data) {
+void ul_prep_poll_remove(struct ul_sqe *sqe, uint64_t target_user_data, uint64_t user_data) {
     sqe->opcode = UL_OP_POLL_REMOVE;
     sqe->fd = -1;
     sqe->addr = target_user_data;
+    sqe->user_data = user_data;
 }

@@ -77,9 +77,9 @@ void ul_ring_seen(ul_ring *ring);
 /* The eventfd that the kernel signals at each completion, deferred ones too; -1 takes it away. */
 int ul_ring_set_eventfd(ul_ring *ring, int eventfd);
 
-/* Fills in a one-shot poll. poll_events are poll(2) bits. */
-void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, uint64_t user_data);
-/* Fills in the cancellation of the poll with this user_data. Its own completion carries user_data 0. */
-void ul_prep_poll_remove(struct ul_sqe *sqe, uint64_t target_user_data);
+/* Fills in a poll, one-shot or multishot. poll_events are poll(2) bits. */
+void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool multishot, uint64_t user_data);
+/* Fills in the cancellation of the poll with the target's user_data. */
+void ul_prep_poll_remove(struct ul_sqe *sqe, uint64_t target_user_data, uint64_t user_data);
 
 #endif

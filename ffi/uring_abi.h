@@ -76,6 +76,11 @@ enum {
 };
 
 enum {
+    UL_POLL_ADD_MULTI = 1 << 0, /* in ul_sqe.len */
+    UL_CQE_F_MORE = 1 << 1,     /* in ul_cqe.flags */
+};
+
+enum {
     UL_SETUP_CQSIZE = 1 << 3,
     UL_SETUP_CLAMP = 1 << 4,
     UL_SETUP_SUBMIT_ALL = 1 << 7,

@@ -175,25 +175,22 @@ class FDMon:
 
     __slots__ = (
         "__weakref__",
-        "_last_info",
-        "_last_statistics",
         "_mon",
         "_out",
         "_out_bytes",
-        "requested",
+        "closed",
     )
 
     def __init__(self, requested: str) -> None:
-        self.requested = requested
-        self._last_statistics: Statistics | None = None
-        self._mon = ffi.NULL
-        self._last_info = ffi.new("ul_setup_info *")
-        mon = ffi.new("ul_fdmon **")
-        ret = lib.ul_fdmon_new(_KINDS[requested], _spare.take(), mon, self._last_info)
+        self.closed = True
+        """Whether `close()` was called."""
+        mon, info = ffi.new("ul_fdmon **"), ffi.new("ul_setup_info *")
+        ret = lib.ul_fdmon_new(_KINDS[requested], _spare.take(), mon, info)
         if ret < 0:
-            step = self.refused_step or requested
+            step = ffi.string(info.refused_step).decode() if info.refused_step else requested
             raise UringUnavailable(-ret, f"{describe_refusal(step, -ret)}: {os.strerror(-ret)}")
-        self._mon = mon[0]
+        self._mon = mon[0]  # freed by __del__ only: no thread can be inside it then
+        self.closed = False
         self._out = ffi.new("ul_event[]", _EVENTS_MAX)
         self._out_bytes = memoryview(ffi.buffer(self._out)).toreadonly()
         _held.add(self)
@@ -236,13 +233,14 @@ class FDMon:
     def _unusual_turn(self, n: int) -> list[tuple[int, int]]:
         if n < 0:
             raise self._error(n)
-        if n & lib.UL_DOWNGRADED:
-            n &= ~lib.UL_DOWNGRADED
-            logger.warning("%s; the loop goes on with %s", self.fallback_reason, self.name)
+        downgraded = n & lib.UL_DOWNGRADED
+        n &= ~lib.UL_DOWNGRADED
         events = list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
         while n == _EVENTS_MAX:
             n = lib.ul_fdmon_dispatch(self._mon, self._out, _EVENTS_MAX)
             events += _EVENT.iter_unpack(self._out_bytes[: n * 8])
+        if downgraded:
+            logger.warning("%s; the loop goes on with %s", self.fallback_reason, self.name)
         return events
 
     def need_wait(self) -> bool:
@@ -261,7 +259,7 @@ class FDMon:
         return int(fd)
 
     def _error(self, ret: int) -> Exception:
-        if not self._mon:
+        if self.closed:
             return ValueError("I/O operation on closed selector")
         if ret == -errno.EBUSY:
             return RuntimeError("another thread is already waiting on this selector")
@@ -272,9 +270,9 @@ class FDMon:
     # -- what it is --
 
     def _info(self) -> CData:
-        if self._mon:
-            lib.ul_fdmon_setup_info(self._mon, self._last_info)
-        return self._last_info
+        info = ffi.new("ul_setup_info *")
+        lib.ul_fdmon_setup_info(self._mon, info)
+        return info
 
     @property
     def name(self) -> str:
@@ -320,9 +318,6 @@ class FDMon:
 
     def statistics(self) -> Statistics:
         """The counters, of this moment or of the moment it was closed. Safe from any thread."""
-        if not self._mon:
-            assert self._last_statistics is not None
-            return self._last_statistics
         raw = ffi.new("ul_statistics *")
         lib.ul_fdmon_statistics(self._mon, raw)
         return Statistics(
@@ -337,36 +332,27 @@ class FDMon:
 
     # -- its end --
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close()` was called."""
-        return not self._mon
-
     def close(self) -> None:
         """Ends it. Every file that a watch held is let go. Harmless when repeated; not while
         another thread waits on it.
         """
-        if not self._mon:
-            return
-        self._info()
-        self._last_statistics = self.statistics()
         spare = ffi.new("ul_ring **")
         if lib.ul_fdmon_close(self._mon, spare) == -errno.EBUSY:
             raise RuntimeError("another thread is waiting on this selector; stop that loop first")
-        self._mon = ffi.NULL
+        self.closed = True
         if spare[0]:
             _spare.keep(spare[0])
 
     def __del__(self) -> None:
-        if getattr(self, "_mon", None) and not sys.is_finalizing():
+        if hasattr(self, "_mon") and not sys.is_finalizing():
             self.close()
+            lib.ul_fdmon_free(self._mon)
 
     def after_fork_in_child(self) -> None:
         """Lets go of the parent's kernel objects; the next use makes new ones. Called by
         `os.fork()` through Python.
         """
-        if self._mon:
-            lib.ul_fdmon_after_fork_in_child(self._mon)
+        lib.ul_fdmon_after_fork_in_child(self._mon)
 
 
 _held: weakref.WeakSet[FDMon | _RingHandle] = weakref.WeakSet()

@@ -11,9 +11,9 @@ test_every_private_hook_is_where_we_expect_it):
 - `_UnixSelectorEventLoop._make_read_pipe_transport`: the same for pipes.
 - `BaseSelectorEventLoop._make_ssl_transport` and the `_ssl_protocol` of what it returns: the size
   of a TLS read.
-- `_SelectorSocketTransport.set_protocol`, `._read_ready__data_received`, and in it `_sock`,
-  `_conn_lost`, `_protocol`, `_fatal_error`, `_read_ready__on_eof`: how bytes are received.
-- `BaseEventLoop._closed`: what its `__del__` asks.
+- `_SelectorSocketTransport.set_protocol`, `._read_ready__data_received`, and in it `_loop`,
+  `_sock`, `_conn_lost`, `_protocol`, `_fatal_error`, `_read_ready__on_eof`: how bytes are received.
+- `BaseEventLoop._closed`: what its finalizer asks.
 - `max_size` of `_SelectorDatagramTransport`, `_UnixReadPipeTransport` and `SSLProtocol`: how much
   is read at once.
 """

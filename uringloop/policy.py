@@ -39,6 +39,8 @@ def run(
     """`asyncio.run(main)` on an uringloop: the same rules, signals and clean-up. Other keywords go
     to `EventLoop`.
     """
+    if asyncio._get_running_loop() is not None:
+        raise RuntimeError("uringloop.run() cannot be called from a running event loop")
     factory = functools.partial(new_event_loop, monitor=monitor, **loop_kwargs)
     with asyncio.Runner(debug=debug, loop_factory=factory) as runner:
         return runner.run(main)

@@ -112,11 +112,17 @@ class Selector(selectors._BaseSelectorImpl):
 
     def modify(self, fileobj: FileDescriptorLike, events: int, data: Any = None) -> SelectorKey:
         """Changes events or data of a watch. A change of data alone costs the kernel nothing."""
-        key = self.get_key(fileobj)
+        key = self._fd_to_key.get(self._descriptor(fileobj))
+        if key is None:
+            raise KeyError(f"{fileobj!r} is not registered")
         if events != key.events:
             if not events or events & ~_ALL:
                 raise ValueError(f"Invalid events: {events!r}")
-            self._fdmon.update(key.fd, events)
+            try:
+                self._fdmon.update(key.fd, events)
+            except BaseException:  # as EpollSelector: a descriptor gone bad is not registered
+                self.unregister(fileobj)
+                raise
         elif data is key.data:
             return key
         key = key._replace(events=events, data=data)
