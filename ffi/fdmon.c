@@ -64,7 +64,10 @@ static int grow_table(ul_fdmon *mon, int fd) {
     size_t cap = mon->watches_cap ? mon->watches_cap : WATCHES_MIN;
     while (cap <= (size_t)fd)
         cap *= 2;
-    if (reserve(&mon->pending, cap) < 0 || reserve(&mon->ready, cap) < 0)
+    struct pollfd *pollfds = realloc(mon->pollfds, cap * sizeof *pollfds); /* so that the floor cannot fail */
+    if (pollfds)
+        mon->pollfds = pollfds;
+    if (!pollfds || reserve(&mon->pending, cap) < 0 || reserve(&mon->ready, cap) < 0)
         return -ENOMEM;
     ul_watch *watches = realloc(mon->watches, cap * sizeof *watches);
     if (!watches)
@@ -117,50 +120,43 @@ int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
     return n;
 }
 
-/* The outer loop watches the eventfd only. It stays readable while anything waits for a turn: changes not yet submitted (a poll
- * that nobody submits fires never) and events not yet handed over. */
+/* The outer loop watches the eventfd only. It stays readable while anything waits for a turn: changes not yet submitted (a
+ * poll that nobody submits fires never) and events not yet handed over. */
 void ul_fdmon_want_turn(ul_fdmon *mon) {
-    if (mon->eventfd >= 0) {
-        ssize_t ignored = write(mon->eventfd, &(uint64_t){1}, sizeof(uint64_t));
-        (void)ignored; /* EAGAIN: the counter is full, so it is readable */
-    }
+    if (mon->eventfd >= 0 && write(mon->eventfd, &(uint64_t){1}, sizeof(uint64_t)) < 0)
+        return; /* the counter is full, so it is readable */
 }
 
 static void forget_wanted_turn(ul_fdmon *mon) {
     uint64_t count;
-    if (mon->eventfd >= 0) {
-        ssize_t ignored = read(mon->eventfd, &count, sizeof count);
-        (void)ignored; /* EAGAIN: it was not readable */
-    }
+    if (mon->eventfd >= 0 && read(mon->eventfd, &count, sizeof count) < 0)
+        return; /* it was not readable */
 }
 
 /* ---- choosing a monitor ---- */
 
-static int refused(ul_fdmon *mon, const char *step, int err) {
-    if (step)
-        mon->info.refused_step = step;
+static void refused(ul_fdmon *mon, const char *step, int err) {
+    mon->info.refused_step = step;
     mon->info.refused_errno = -err;
-    return err;
 }
 
 static int choose(ul_fdmon *mon, ul_ring *spare) {
-    int ret = ul_fdmon_poll_setup(mon); /* the floor needs nothing from the kernel */
-    if (ret == 0 && (mon->kind == UL_AUTO || mon->kind == UL_IO_URING)) {
+    int ret = 0;
+    ul_fdmon_poll_setup(mon); /* the floor needs nothing from the kernel */
+    if (mon->kind == UL_AUTO || mon->kind == UL_IO_URING) {
         ret = ul_fdmon_io_uring_setup(mon, spare);
-        if (ret == 0)
-            return 0;
-        refused(mon, NULL, ret);
-    } else if (spare) {
-        ul_ring_free(spare);
+        if (ret < 0)
+            refused(mon, mon->step, ret);
+        if (ret < 0 && mon->kind == UL_AUTO) {
+            ul_fdmon_epoll_setup(mon); /* or it stays poll */
+            ret = 0;
+        }
+        return ret;
     }
-    if (ret == 0 && mon->kind == UL_POLL)
-        return 0;
-    if (mon->kind == UL_AUTO || mon->kind == UL_EPOLL) {
-        ret = ul_fdmon_epoll_setup(mon);
-        if (ret < 0 && (mon->kind == UL_EPOLL || !mon->info.refused_step))
-            refused(mon, "epoll_create1", ret);
-    }
-    return mon->kind == UL_AUTO ? 0 : ret;
+    ul_ring_free(spare);
+    if (mon->kind == UL_EPOLL && (ret = ul_fdmon_epoll_setup(mon)) < 0)
+        refused(mon, "epoll_create1", ret);
+    return ret;
 }
 
 void ul_fdmon_free(ul_fdmon *mon) {
@@ -190,8 +186,7 @@ int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_inf
     int ret = choose(mon, spare);
     ul_fdmon_setup_info(mon, info);
     if (ret < 0) {
-        if (mon->ops)
-            mon->ops->close(mon, 0);
+        mon->ops->close(mon, 0);
         ul_fdmon_free(mon);
         return ret;
     }
@@ -224,10 +219,11 @@ int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
 static void downgrade(ul_fdmon *mon, int err) {
     bool was_epoll = mon->ops == NULL || strcmp(mon->ops->name, "epoll") == 0;
     if (mon->ops) {
-        refused(mon, was_epoll ? "epoll_wait" : "io_uring_enter", err);
+        refused(mon, was_epoll ? "epoll_wait" : mon->step, err);
         mon->ops->close(mon, err);
     }
     mon->stale = false;
+    mon->info.ring_setup_flags = mon->info.ring_features = mon->info.sq_entries = mon->info.cq_entries = 0;
     if (was_epoll || ul_fdmon_epoll_setup(mon) < 0)
         ul_fdmon_poll_setup(mon);
     mon->downgrades++;
@@ -259,8 +255,8 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon) {
 
 /* ---- the public verbs ---- */
 
-/* epoll refuses what has no poll method; io_uring would report it as always ready. A socket and a FIFO always have one; anything
- * else is asked once, of epoll itself, so that the answer is the one users of EpollSelector know. */
+/* epoll refuses what has no poll method; io_uring would report it as always ready. A socket and a FIFO always have one;
+ * anything else is asked once, of epoll itself, so that the answer is the one users of EpollSelector know. */
 int ul_fd_pollable(int fd) {
     struct stat st;
     if (fstat(fd, &st) < 0)
@@ -278,6 +274,8 @@ int ul_fd_pollable(int fd) {
 
 static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
     int ret = 0;
+    if ((size_t)fd >= mon->watches_cap && events == 0)
+        return 0;
     if ((size_t)fd >= mon->watches_cap && (ret = fcntl(fd, F_GETFD)) >= 0)
         ret = grow_table(mon, fd); /* only for what is open: a wrong number may be two thousand million */
     if (ret < 0)
@@ -289,12 +287,10 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
     watch->events = (uint8_t)events;
     watch->revents = 0;
     watch->parked = false;
-    ret = mon->ops->update(mon, fd, before.events);
+    ret = mon->ops->update(mon, fd, before.parked ? 0 : before.events); /* epoll does not have a parked one */
     watch = &mon->watches[fd];
     if (ret < 0 && events) {
-        watch->events = before.events;
-        watch->revents = before.revents;
-        watch->parked = before.parked;
+        *watch = before;
         return ret;
     }
     mon->watches_live += (events != 0);
@@ -353,14 +349,14 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
 
 int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max) {
     pthread_mutex_lock(&mon->lock);
-    int n = mon->ops->dispatch(mon, out, out_max);
+    int n = mon->closed ? 0 : mon->ops->dispatch(mon, out, out_max);
     pthread_mutex_unlock(&mon->lock);
     return n;
 }
 
 bool ul_fdmon_need_wait(ul_fdmon *mon) {
     pthread_mutex_lock(&mon->lock);
-    bool need = mon->stale || !ul_fd_list_empty(&mon->ready) || mon->ops->need_wait(mon);
+    bool need = !mon->closed && (mon->stale || !ul_fd_list_empty(&mon->ready) || mon->ops->need_wait(mon));
     pthread_mutex_unlock(&mon->lock);
     return need;
 }
@@ -369,15 +365,12 @@ int ul_fdmon_fileno(ul_fdmon *mon) {
     pthread_mutex_lock(&mon->lock);
     renew(mon);
     int fd = mon->closed ? -EBADF : -EOPNOTSUPP;
-    if (mon->closed) {
-        /* nothing to watch */
-    } else if (strcmp(mon->ops->name, "epoll") == 0) {
+    if (!mon->closed && strcmp(mon->ops->name, "epoll") == 0) {
         fd = mon->epoll_fd;
-    } else if (strcmp(mon->ops->name, "io_uring") == 0) {
-        if (mon->eventfd < 0) {
-            /* Readable at first: the turn that follows registers it with the ring, in the ring's own thread. */
+    } else if (!mon->closed && strcmp(mon->ops->name, "io_uring") == 0) {
+        if (mon->eventfd <
+            0) /* readable at first: the turn that follows registers it with the ring, in the ring's own thread */
             mon->eventfd = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
-        }
         fd = mon->eventfd < 0 ? -errno : mon->eventfd;
     }
     pthread_mutex_unlock(&mon->lock);

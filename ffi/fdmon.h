@@ -8,8 +8,9 @@
  * Words: a watch is a registered interest in a descriptor; a turn is collect (wait) then hand over (dispatch).
  * Collecting and running are kept apart: nothing here calls back into the user.
  *
- * Threads: every function locks the monitor, so that a call from the wrong thread cannot corrupt it; the lock is not held while
- * the kernel waits. The thread that calls ul_fdmon_turn() owns the ring; a turn in another thread moves the monitor there.
+ * Threads: every function locks the monitor, so that a call from the wrong thread cannot corrupt it; the lock is not held
+ * while the kernel waits. The thread that calls ul_fdmon_turn() owns the ring; a turn in another thread moves the monitor
+ * there.
  *
  * Errors are -errno. Times are nanoseconds; a negative timeout waits without limit.
  */
@@ -28,6 +29,7 @@
 enum {
     UL_READ = 1, /* the values of selectors.EVENT_READ and EVENT_WRITE */
     UL_WRITE = 2,
+    UL_DOWNGRADED = 0x40000000, /* added to a turn's result, once after each downgrade */
 };
 
 enum ul_kind {
@@ -35,10 +37,6 @@ enum ul_kind {
     UL_IO_URING = 1,
     UL_EPOLL = 2,
     UL_POLL = 3,
-};
-
-enum {
-    UL_DOWNGRADED = 0x40000000, /* added to a turn's result, once after each downgrade */
 };
 
 typedef struct ul_event {
@@ -60,26 +58,27 @@ typedef struct ul_setup_info {
 typedef struct ul_fdmon ul_fdmon;
 typedef struct ul_ring ul_ring;
 
-/* Makes a monitor. UL_AUTO falls back on any errno; another kind is that kind or an error. spare: a quiesced ring of this thread
- * from ul_fdmon_close(), or NULL; it is used or freed. On failure *info tells the refused step. */
+/* Makes a monitor. UL_AUTO falls back on any errno; another kind is that kind or an error. spare: a quiesced ring of this
+ * thread from ul_fdmon_close(), or NULL; it is used or freed. On failure *info tells the refused step. */
 int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_info *info);
 
 /* Ends the monitor; the verbs answer -EBADF from now on, the statistics stay. Called by the owner thread of a working ring it
- * cancels and reaps everything in flight and leaves that ring in *spare for the next monitor of this thread; otherwise it drops
- * the ring and *spare is NULL. -EBUSY, and nothing done, while another thread waits on it. */
+ * cancels and reaps everything in flight and leaves that ring in *spare for the next monitor of this thread; otherwise it
+ * drops the ring and *spare is NULL. -EBUSY, and nothing done, while another thread waits on it. */
 int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare);
 /* Frees a closed monitor, once no thread can call it any more. */
 void ul_fdmon_free(ul_fdmon *mon);
 void ul_ring_free(ul_ring *ring);
 
-/* In a forked child, before anything else: lets go of the parent's kernel objects without touching them. The next use makes own
- * ones and watches the same descriptors. */
+/* In a forked child, before anything else: lets go of the parent's kernel objects without touching them. The next use makes
+ * own ones and watches the same descriptors. */
 void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
 void ul_ring_free_in_child(ul_ring *ring);
 
-/* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No system call on io_uring
- * but for the removal of an armed watch, which returns when the kernel holds the file no more. Errors are epoll_ctl's: -EBADF,
- * -EPERM for what cannot be polled, -ENOENT; -ENOMEM. A failed call changes nothing. Removing never fails. */
+/* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No system call on
+ * io_uring but for the removal of an armed watch, which returns when the kernel holds the file no more. Errors are
+ * epoll_ctl's: -EBADF, -EPERM for what cannot be polled, -ENOENT; -ENOMEM. A failed call changes nothing. Removing never
+ * fails. */
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
 /* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all) and stores up to out_max ready
@@ -93,8 +92,8 @@ int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max);
 /* True when a turn with timeout 0 has anything to do. Reads shared memory only. */
 bool ul_fdmon_need_wait(ul_fdmon *mon);
 
-/* A descriptor that becomes readable whenever a turn is due, for an outer loop. io_uring: an eventfd, because an outer poll on a
- * DEFER_TASKRUN ring is not woken. -EOPNOTSUPP on poll, which has none. */
+/* A descriptor that becomes readable whenever a turn is due, for an outer loop. io_uring: an eventfd, because an outer poll on
+ * a DEFER_TASKRUN ring is not woken. -EOPNOTSUPP on poll, which has none. */
 int ul_fdmon_fileno(ul_fdmon *mon);
 
 void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
@@ -134,8 +133,8 @@ typedef struct FDMonOps {
     /* Hands over what wait() collected; never blocks. */
     int (*dispatch)(ul_fdmon *mon, ul_event *out, int out_max);
 
-    /* Lets go of the kernel's objects and of nothing else: the watches stay, for the next monitor to take over. err is the error
-     * that lost them, 0 without one. */
+    /* Lets go of the kernel's objects and of nothing else: the watches stay, for the next monitor to take over. err is the
+     * error that lost them, 0 without one. */
     void (*close)(ul_fdmon *mon, int err);
 } FDMonOps;
 
@@ -165,10 +164,10 @@ struct ul_fdmon {
     ul_ring *ring;
     pthread_t ring_owner;
     ul_request *requests;
-    uint32_t requests_cap, requests_in_flight, requests_free; /* free: index + 1 of the first free one */
+    uint32_t requests_cap, requests_in_flight, requests_dying, requests_free; /* free: index + 1 of the first free one */
+    const char *step; /* what is being done with the ring: named when it fails */
     int errors_in_a_row;
-    bool cancel_again; /* a POLL_REMOVE came too late for the poll's wake-up and too early for its end */
-    int eventfd;       /* -1 until somebody asks for fileno() */
+    int eventfd; /* -1 until somebody asks for fileno() */
 
     int epoll_fd;
     bool no_epoll_pwait2;
@@ -176,7 +175,7 @@ struct ul_fdmon {
     size_t epoll_events_cap;
 
     struct pollfd *pollfds, *pollfds_in_kernel;
-    size_t pollfds_count, pollfds_cap;
+    size_t pollfds_count;
 
     ul_ring_counts counts;
     uint64_t turns, downgrades;
@@ -187,7 +186,7 @@ struct ul_fdmon {
 /* Each makes its kernel object, takes over every live watch and sets mon->ops; or returns -errno and changes nothing. */
 int ul_fdmon_io_uring_setup(ul_fdmon *mon, ul_ring *spare);
 int ul_fdmon_epoll_setup(ul_fdmon *mon);
-int ul_fdmon_poll_setup(ul_fdmon *mon);
+void ul_fdmon_poll_setup(ul_fdmon *mon); /* never fails */
 
 /* The owner of a quiet ring gives it away: cancels, reaps, unregisters. NULL when that is not possible. */
 ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon);

@@ -28,7 +28,7 @@ static int epoll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
 }
 
 static int wait_ms(ul_fdmon *mon, int64_t timeout_ns, int max) {
-    int64_t ms = timeout_ns < 0 ? -1 : (timeout_ns + 999999) / 1000000; /* up: a timer must not be early */
+    int64_t ms = timeout_ns < 0 ? -1 : timeout_ns / 1000000 + (timeout_ns % 1000000 != 0); /* up: a timer must not be early */
     return epoll_wait(mon->epoll_fd, mon->epoll_events, max, ms > INT32_MAX ? INT32_MAX : (int)ms);
 }
 
@@ -44,10 +44,11 @@ static int wait_ns(ul_fdmon *mon, int64_t timeout_ns, int max) {
     return wait_ms(mon, timeout_ns, max);
 }
 
-/* Room for every watch: what a second epoll_wait returned would be the same level-triggered events again. */
+/* Room for every watch: what a second epoll_wait returned would be the same level-triggered events again. Without memory for
+ * that, the rest is reported by the next turns. */
 static int reserve_events(ul_fdmon *mon) {
     size_t cap = mon->epoll_events_cap ? mon->epoll_events_cap : EPOLL_EVENTS_MIN;
-    while (cap < mon->watches_live)
+    while (cap < mon->watches_live && cap < INT32_MAX / 2)
         cap *= 2;
     if (cap == mon->epoll_events_cap)
         return 0;
@@ -60,14 +61,11 @@ static int reserve_events(ul_fdmon *mon) {
 }
 
 static int epoll_mon_wait(ul_fdmon *mon, int64_t timeout_ns) {
-    int err = reserve_events(mon);
-    if (err < 0)
-        return err;
-    int max = mon->epoll_events_cap > INT32_MAX ? INT32_MAX : (int)mon->epoll_events_cap;
+    reserve_events(mon);
     mon->waiting = true;
     pthread_mutex_unlock(&mon->lock);
-    int n = wait_ns(mon, timeout_ns, max);
-    err = n < 0 ? -errno : 0;
+    int n = wait_ns(mon, timeout_ns, (int)mon->epoll_events_cap);
+    int err = n < 0 ? -errno : 0;
     pthread_mutex_lock(&mon->lock);
     mon->waiting = false;
     for (int i = 0; i < n; i++)
@@ -94,13 +92,23 @@ static const FDMonOps epoll_ops = {
 };
 
 int ul_fdmon_epoll_setup(ul_fdmon *mon) {
+    if (reserve_events(mon) < 0 && mon->epoll_events_cap == 0)
+        return -ENOMEM;
     int fd = epoll_create1(EPOLL_CLOEXEC);
     if (fd < 0)
         return -errno;
     mon->epoll_fd = fd;
-    mon->ops = &epoll_ops;
-    for (size_t i = 0; i < mon->watches_cap; i++)
-        if (mon->watches[i].events && !mon->watches[i].parked && control(mon, EPOLL_CTL_ADD, (int)i) < 0)
+    for (size_t i = 0; i < mon->watches_cap; i++) {
+        if (!mon->watches[i].events || mon->watches[i].parked)
+            continue;
+        int err = control(mon, EPOLL_CTL_ADD, (int)i);
+        if (err == -ENOMEM || err == -ENOSPC) { /* epoll itself is full (fs.epoll.max_user_watches) */
+            epoll_close(mon, 0);
+            return err;
+        }
+        if (err < 0)
             ul_fdmon_park(mon, (int)i);
+    }
+    mon->ops = &epoll_ops;
     return 0;
 }

@@ -1,27 +1,27 @@
 /*
- * Waiting on io_uring: one-shot POLL_ADD, re-armed lazily; POLL_REMOVE; changes and wait in one enter.
+ * Waiting on io_uring: one-shot POLL_ADD, re-armed lazily; its removal; changes and wait in one enter.
  *
- * Why it exists: QEMU's fdmon-io_uring idea for asyncio. Promise: a turn costs one io_uring_enter however many watches changed,
- * and none at all when nothing can have happened.
+ * Why it exists: QEMU's fdmon-io_uring idea for asyncio. Promise: a turn costs one io_uring_enter however many watches
+ * changed, and none at all when nothing can have happened.
  *
  * Words: sqe/cqe, submission and completion queue entry; request, a POLL_ADD the kernel has; armed, a watch with a request.
  *
  * Some facts about polling through io_uring, and what they mean here:
  *
- * - Multishot poll reports edges only, and its LEVEL flag is refused. asyncio promises levels, so polls are one-shot. A fired one
- *   is queued again at once but submitted with the next wait, after the callbacks ran: re-arming on a descriptor that is still
- *   ready completes immediately, which is the level. Tests: test_a_reader_that_takes_one_byte_is_called_for_every_byte.
+ * - Multishot poll reports edges only, and its LEVEL flag is refused. asyncio promises levels, so polls are one-shot. A fired
+ *   one is queued again at once but submitted with the next wait, after the callbacks ran: re-arming on a descriptor that is
+ *   still ready completes immediately, which is the level. Tests: test_a_reader_that_takes_one_byte_is_called_for_every_byte.
  * - A pending poll holds the open file, not the number. After close() the peer would see no end of file and a listening socket
- *   would go on accepting. So removing an armed watch enters at once and returns when the poll's own cqe is there. A watch that
- *   has just fired is not armed: closing a connection from its own callback costs nothing. Tests:
+ *   would go on accepting. So removing an armed watch enters at once and returns when the poll's own cqe is there. A watch
+ *   that has just fired is not armed: closing a connection from its own callback costs nothing. Tests:
  *   test_peer_sees_end_of_file_after_remove_reader_and_close.
  * - The poll outlives the number, so user_data is {generation, index} and never the fd. A request is free only after its cqe.
  * - POLLRDHUP completes every poll, asked for or not. To a writer whose peer has ended its side that is a poll that fires for
- *   ever with nothing to report. Such a watch is armed multishot, which fires on edges only, until something that was asked for
- *   comes. Test: test_waiting_to_write_to_a_peer_that_has_half_closed_costs_no_cpu.
- * - POLL_REMOVE answers -EALREADY when the poll has been woken and its wake-up is not processed yet. If that brings nothing, the
- *   poll lives on, so the removal is repeated. Test:
- *   test_a_wake_up_without_readiness_does_not_keep_a_removed_watch_in_the_kernel.
+ *   ever with nothing to report. Such a watch is armed multishot, which fires on edges only, until something that was asked
+ *   for comes. Test: test_waiting_to_write_to_a_peer_that_has_half_closed_costs_no_cpu.
+ * - POLL_REMOVE answers -EALREADY to a poll that has been woken and not looked at yet; if the wake-up brings nothing, that
+ *   poll lives on and holds its file. ASYNC_CANCEL marks it, so that it ends in any case: QEMU's verb is carried out by that
+ *   request. Test: test_a_wake_up_without_readiness_does_not_keep_a_removed_watch_in_the_kernel.
  * - A poll whose submitting thread has exited ends with -ECANCELED; the watch is simply armed again.
  * - A closed descriptor answers -EBADF at once and for ever: such a watch is reported once and parked.
  * - The ring obeys one thread. A turn in another thread (-EEXIST) builds a new ring there and arms everything again; polls
@@ -35,8 +35,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define REMOVAL 0x80000000u /* in user_data: the answer to a POLL_REMOVE, not the poll itself */
 
 enum {
     SQ_ENTRIES = 256, /* with the completion queue about 84 KiB of locked memory */
@@ -68,11 +66,17 @@ static uint64_t request_user_data(const ul_fdmon *mon, uint32_t id) {
 
 static void free_request(ul_fdmon *mon, uint32_t id) {
     ul_request *request = &mon->requests[id - 1];
+    mon->requests_dying -= request->state == UL_DYING;
     request->state = UL_FREE;
     request->generation++;
     request->next_free = mon->requests_free;
     mon->requests_free = id;
     mon->requests_in_flight--;
+}
+
+static void doom_request(ul_fdmon *mon, uint32_t id) {
+    mon->requests_dying += mon->requests[id - 1].state == UL_ARMED;
+    mon->requests[id - 1].state = UL_DYING;
 }
 
 static void forget_requests(ul_fdmon *mon) {
@@ -118,8 +122,8 @@ void ul_ring_free(ul_ring *ring) {
 
 void ul_ring_free_in_child(ul_ring *ring) {
     if (ring)
-        ul_ring_close_in_child(ring);
-    free(ring);
+        ring->sqes_map = ring->rings_map = NULL; /* MADV_DONTFORK: something else may live at these addresses here */
+    ul_ring_free(ring);
 }
 
 void ul_fdmon_io_uring_after_fork(ul_fdmon *mon) {
@@ -134,18 +138,26 @@ void ul_fdmon_io_uring_after_fork(ul_fdmon *mon) {
 static int open_ring(ul_fdmon *mon, ul_ring *spare) {
     int ret = 0;
     ul_ring *ring = spare;
+    if (ring) {
+        ring->counts = &mon->counts;
+        ret = ul_ring_enter(ring, 0, 0);
+    }
+    if (ret < 0) { /* io_uring was taken away between two loops; the set-up will say so */
+        ul_ring_free(ring);
+        ring = NULL;
+    }
     if (!ring) {
         const char *step = "malloc";
         ring = calloc(1, sizeof *ring);
         ret = ring ? ul_ring_open(ring, SQ_ENTRIES, CQ_ENTRIES, &mon->counts, &step) : -ENOMEM;
         if (ret < 0) {
-            mon->info.refused_step = step;
+            mon->step = step;
             free(ring);
             return ret;
         }
     }
-    ring->counts = &mon->counts;
     mon->ring = ring;
+    mon->step = "io_uring_enter";
     mon->ring_owner = pthread_self();
     mon->info.ring_setup_flags = ring->setup_flags;
     mon->info.ring_features = ring->features;
@@ -160,7 +172,8 @@ static int open_ring(ul_fdmon *mon, ul_ring *spare) {
 
 static void polled(ul_fdmon *mon, int fd, const struct ul_cqe *cqe) {
     ul_watch *watch = &mon->watches[fd];
-    if (cqe->res < 0 && cqe->res != -ECANCELED) {
+    bool passing = cqe->res == -ECANCELED || cqe->res == -ENOMEM || cqe->res == -EAGAIN || cqe->res == -EINTR;
+    if (cqe->res < 0 && !passing) {
         ul_fdmon_park(mon, fd);
         return;
     }
@@ -172,14 +185,9 @@ static void polled(ul_fdmon *mon, int fd, const struct ul_cqe *cqe) {
 }
 
 static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
-    uint64_t target = cqe->user_data & ~(uint64_t)REMOVAL;
-    uint32_t id = (uint32_t)target;
-    if (id == 0 || id > mon->requests_cap || request_user_data(mon, id) != target)
-        return; /* that request is gone */
-    if (cqe->user_data & REMOVAL) {
-        mon->cancel_again |= cqe->res == -EALREADY;
-        return;
-    }
+    uint32_t id = (uint32_t)cqe->user_data;
+    if (id == 0 || id > mon->requests_cap || request_user_data(mon, id) != cqe->user_data)
+        return; /* the answer to a cancellation */
     ul_request *request = &mon->requests[id - 1];
     int fd = request->fd;
     bool live = request->state == UL_ARMED;
@@ -192,14 +200,6 @@ static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
         polled(mon, fd, cqe);
 }
 
-static void drain(ul_fdmon *mon) {
-    const struct ul_cqe *cqe;
-    while ((cqe = ul_ring_peek(mon->ring))) {
-        complete(mon, cqe);
-        ul_ring_seen(mon->ring);
-    }
-}
-
 /* What an enter's error means. Returns 0 when the caller may look at the queue and go on, else the error. */
 static int judge(ul_fdmon *mon, int ret) {
     if (ret >= 0 || ret == -EINTR || ret == -ETIME) {
@@ -207,22 +207,37 @@ static int judge(ul_fdmon *mon, int ret) {
         return 0;
     }
     /* No memory for a request, or (old kernels) completions first: passing states, unless they stay. */
-    if ((ret == -EAGAIN || ret == -EBUSY) && ++mon->errors_in_a_row <= TRANSIENT_ERRORS_MAX)
+    if ((ret == -EAGAIN || ret == -EBUSY || ret == -ENOMEM) && ++mon->errors_in_a_row <= TRANSIENT_ERRORS_MAX)
         return 0;
     return ret;
 }
 
+static void read_queue(ul_fdmon *mon) {
+    const struct ul_cqe *cqe;
+    while ((cqe = ul_ring_peek(mon->ring))) {
+        complete(mon, cqe);
+        ul_ring_seen(mon->ring);
+    }
+}
+
+/* Reads the queue, and what the kernel had to keep back because the queue was full. */
+static int drain(ul_fdmon *mon) {
+    int err = 0;
+    read_queue(mon);
+    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && ul_ring_overflowed(mon->ring); i++) {
+        __atomic_add_fetch(&mon->counts.overflows, 1, __ATOMIC_RELAXED);
+        err = judge(mon, ul_ring_enter(mon->ring, 0, 0));
+        read_queue(mon);
+    }
+    return err;
+}
+
 /* An enter that does not wait: flushes the queue, runs deferred work, reads what is there. */
 static int enter_and_drain(ul_fdmon *mon) {
-    int ret = judge(mon, ul_ring_enter(mon->ring, 0, 0));
-    if (ret == 0)
-        drain(mon);
-    while (ret == 0 && ul_ring_overflowed(mon->ring)) {
-        __atomic_add_fetch(&mon->counts.overflows, 1, __ATOMIC_RELAXED);
-        ret = judge(mon, ul_ring_enter(mon->ring, 0, 0));
-        drain(mon);
-    }
-    return ret;
+    int err = judge(mon, ul_ring_enter(mon->ring, 0, 0));
+    if (err == 0)
+        err = drain(mon);
+    return err;
 }
 
 /* ---- submissions ---- */
@@ -245,16 +260,13 @@ static int cancel(ul_fdmon *mon, uint32_t id) {
     struct ul_sqe *sqe = get_sqe(mon, &err);
     if (!sqe)
         return err;
-    if (mon->requests[id - 1].state != UL_FREE) { /* else it completed while we made room, and this entry does nothing */
-        uint64_t user_data = request_user_data(mon, id);
-        ul_prep_poll_remove(sqe, user_data, user_data | REMOVAL);
-    }
+    if (mon->requests[id - 1].state == UL_DYING) /* else it completed while we made room, and this entry does nothing */
+        ul_prep_cancel(sqe, request_user_data(mon, id));
     return 0;
 }
 
 static int cancel_dying(ul_fdmon *mon) {
     int err = 0;
-    mon->cancel_again = false;
     for (uint32_t id = 1; err == 0 && id <= mon->requests_cap; id++)
         if (mon->requests[id - 1].state == UL_DYING)
             err = cancel(mon, id);
@@ -289,14 +301,16 @@ static int arm(ul_fdmon *mon, int fd) {
         return 0;
     if (old) {
         watch->request = 0;
-        mon->requests[old - 1].state = UL_DYING;
+        doom_request(mon, old);
         if ((err = cancel(mon, old)) < 0)
             return err;
     }
     if (!wanted)
         return 0;
-    if (!mon->requests_free && (err = grow_requests(mon)) < 0)
+    if (!mon->requests_free && (err = enter_and_drain(mon)) < 0) /* cancelled ones have not ended yet */
         return err;
+    if (!mon->requests_free)
+        return -EBUSY;
     struct ul_sqe *sqe = get_sqe(mon, &err);
     if (!sqe)
         return err;
@@ -308,9 +322,6 @@ static int arm_pending(ul_fdmon *mon) {
     /* Counted first: making room in the queue may collect completions, whose watches want to be armed again after the
      * callbacks, not now. */
     size_t n = mon->pending.count - mon->pending.first;
-    int again = mon->cancel_again ? cancel_dying(mon) : 0;
-    if (again < 0)
-        return again;
     for (; n > 0; n--) {
         int fd = ul_fd_list_pop(&mon->pending);
         mon->watches[fd].on_pending = false;
@@ -332,17 +343,12 @@ static void drop_and_rearm(ul_fdmon *mon, int err) {
     want_all_armed(mon);
 }
 
-/* Cancels a request and returns when its own cqe is there: only then has the kernel let go of the file. */
-static void cancel_and_reap(ul_fdmon *mon, uint32_t id) {
-    uint32_t generation = mon->requests[id - 1].generation;
-    int err = cancel(mon, id);
-    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && mon->requests[id - 1].generation == generation; i++) {
-        err = enter_and_drain(mon);
-        if (err == 0 && mon->cancel_again)
-            err = cancel_dying(mon);
-    }
-    if (mon->requests[id - 1].generation == generation)
-        drop_and_rearm(mon, err);
+/* Returns when the cqe of every cancelled request is there: only then has the kernel let go of their files. */
+static int reap_dying(ul_fdmon *mon) {
+    int err = 0;
+    for (int i = 0; err == 0 && mon->requests_dying; i++)
+        err = i < REAP_ROUNDS_MAX ? enter_and_drain(mon) : -EBUSY;
+    return err;
 }
 
 static void disarm(ul_fdmon *mon, int fd) {
@@ -350,10 +356,13 @@ static void disarm(ul_fdmon *mon, int fd) {
     uint32_t id = watch->request;
     if (!id)
         return;
-    mon->requests[id - 1].state = UL_DYING;
+    doom_request(mon, id);
     if (is_owner(mon)) {
         watch->request = 0;
-        cancel_and_reap(mon, id);
+        int err = mon->requests_dying > 1 ? cancel_dying(mon) : cancel(mon, id); /* more: another thread's, not cancelled yet */
+        err = err < 0 ? err : reap_dying(mon);
+        if (err < 0)
+            drop_and_rearm(mon, err);
     } else if (mon->waiting) {
         want_armed(mon, fd); /* the owner is in the kernel with the ring: it cancels in its next turn */
     } else {
@@ -368,6 +377,9 @@ static int io_uring_update(ul_fdmon *mon, int fd, uint32_t old_events) {
         return 0;
     }
     int err = ul_fd_pollable(fd);
+    /* Two for each watch, the old and the new one while a mask changes: a turn allocates nothing. */
+    while (err == 0 && mon->requests_cap < 2 * (mon->watches_live + 1))
+        err = grow_requests(mon);
     if (err == 0)
         want_armed(mon, fd);
     return err;
@@ -380,9 +392,14 @@ static int prepare(ul_fdmon *mon) {
         drop_ring(mon, 0);
         err = open_ring(mon, NULL);
     }
-    if (err == 0 && mon->eventfd >= 0 && !mon->ring->has_eventfd)
+    if (err == 0 && mon->eventfd >= 0 && !mon->ring->has_eventfd) {
+        mon->step = "io_uring_register";
         err = ul_ring_set_eventfd(mon->ring, mon->eventfd);
-    return err < 0 ? err : arm_pending(mon);
+    }
+    if (err < 0)
+        return err;
+    mon->step = "io_uring_enter";
+    return arm_pending(mon);
 }
 
 static int enter_unlocked(ul_fdmon *mon, int64_t timeout_ns) {
@@ -405,9 +422,7 @@ static int wait_in_this_thread(ul_fdmon *mon, int64_t timeout_ns) {
         return idle ? 0 : enter_and_drain(mon);
     }
     err = judge(mon, enter_unlocked(mon, timeout_ns));
-    if (err == 0)
-        drain(mon);
-    return err == 0 && ul_ring_overflowed(mon->ring) ? enter_and_drain(mon) : err;
+    return err == 0 ? drain(mon) : err;
 }
 
 static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
@@ -422,8 +437,7 @@ static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
 static bool io_uring_need_wait(ul_fdmon *mon) {
     if (!ul_fd_list_empty(&mon->pending) || !mon->ring)
         return mon->watches_live > 0 || mon->ring;
-    return mon->cancel_again || ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) ||
-           (mon->eventfd >= 0 && !mon->ring->has_eventfd);
+    return ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) || (mon->eventfd >= 0 && !mon->ring->has_eventfd);
 }
 
 static void io_uring_close(ul_fdmon *mon, int err) {
@@ -438,16 +452,8 @@ ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
         return NULL;
     for (uint32_t id = 1; id <= mon->requests_cap; id++)
         if (mon->requests[id - 1].state == UL_ARMED)
-            mon->requests[id - 1].state = UL_DYING;
-    int err = mon->requests_in_flight ? cancel_dying(mon) : 0;
-    for (int i = 0; err == 0 && i < REAP_ROUNDS_MAX && (mon->requests_in_flight || ul_ring_unsubmitted(mon->ring)); i++) {
-        err = enter_and_drain(mon);
-        if (err == 0 && mon->cancel_again)
-            err = cancel_dying(mon);
-    }
-    if (err == 0)
-        err = ul_ring_set_eventfd(mon->ring, -1);
-    if (err < 0 || mon->requests_in_flight)
+            doom_request(mon, id);
+    if (cancel_dying(mon) < 0 || reap_dying(mon) < 0 || ul_ring_set_eventfd(mon->ring, -1) < 0)
         return NULL;
     ul_ring *ring = mon->ring;
     mon->ring = NULL;

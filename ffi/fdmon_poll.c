@@ -1,31 +1,17 @@
 /*
  * Waiting with ppoll: the floor that needs nothing from the kernel but itself.
  *
- * Why it exists: a monitor must exist before anything else is tried, and when descriptors or epoll itself have run out. Promise:
- * set-up does not fail, and the behaviour is that of the other two, at the cost of O(watches) a turn.
+ * Why it exists: a monitor must exist before anything else is tried, and when descriptors or epoll itself have run out.
+ * Promise: set-up does not fail, and the behaviour is that of the other two, at the cost of O(watches) a turn.
  */
 #define _GNU_SOURCE
 #include "fdmon.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { POLLFDS_MIN = 64 };
-
-/* The set is handed to the kernel as a copy, so that another thread's change cannot move it during the wait. */
-static int reserve_pollfds(ul_fdmon *mon) {
-    if (mon->pollfds_count < mon->pollfds_cap)
-        return 0;
-    size_t cap = mon->pollfds_cap ? 2 * mon->pollfds_cap : POLLFDS_MIN;
-    struct pollfd *pollfds = realloc(mon->pollfds, cap * sizeof *pollfds);
-    if (!pollfds)
-        return -ENOMEM;
-    mon->pollfds = pollfds;
-    mon->pollfds_cap = cap;
-    return 0;
-}
 
 static void leave_set(ul_fdmon *mon, int fd) {
     uint32_t id = mon->watches[fd].request;
@@ -37,16 +23,11 @@ static void leave_set(ul_fdmon *mon, int fd) {
     mon->watches[fd].request = 0;
 }
 
-static int enter_set(ul_fdmon *mon, int fd) {
+static void enter_set(ul_fdmon *mon, int fd) {
     ul_watch *watch = &mon->watches[fd];
-    if (!watch->request) {
-        int err = reserve_pollfds(mon);
-        if (err < 0)
-            return err;
-        watch->request = (uint32_t)++mon->pollfds_count;
-    }
+    if (!watch->request)
+        watch->request = (uint32_t)++mon->pollfds_count; /* there is a place for every watch */
     mon->pollfds[watch->request - 1] = (struct pollfd){.fd = fd, .events = (short)ul_poll_mask(watch->events)};
-    return 0;
 }
 
 static int poll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
@@ -56,15 +37,17 @@ static int poll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
         return 0;
     }
     int err = ul_fd_pollable(fd);
-    return err < 0 ? err : enter_set(mon, fd);
+    if (err == 0)
+        enter_set(mon, fd);
+    return err;
 }
 
-/* A copy for the kernel; its size is the number of descriptors in it. */
+/* The kernel gets a copy, so that another thread's change cannot move the set during the wait. */
 static int copy_set(ul_fdmon *mon, size_t *count) {
     *count = mon->pollfds_count;
     if (*count == 0)
         return 0;
-    struct pollfd *copy = realloc(mon->pollfds_in_kernel, mon->pollfds_cap * sizeof *copy);
+    struct pollfd *copy = realloc(mon->pollfds_in_kernel, *count * sizeof *copy);
     if (!copy)
         return -ENOMEM;
     memcpy(copy, mon->pollfds, *count * sizeof *copy);
@@ -77,6 +60,8 @@ static void collect_polled(ul_fdmon *mon, const struct pollfd *polled) {
     if (!watch->events || !polled->revents)
         return;
     if (polled->revents & POLLNVAL) {
+        if (fcntl(polled->fd, F_GETFD) >= 0)
+            return; /* it was another thread's removal that we saw, and the number is in use again */
         leave_set(mon, polled->fd);
         ul_fdmon_park(mon, polled->fd);
     } else {
@@ -119,11 +104,9 @@ static const FDMonOps poll_ops = {
     .close = poll_close,
 };
 
-int ul_fdmon_poll_setup(ul_fdmon *mon) {
+void ul_fdmon_poll_setup(ul_fdmon *mon) {
     mon->ops = &poll_ops;
-    for (size_t fd = 0; fd < mon->watches_cap; fd++) {
-        if (mon->watches[fd].events && !mon->watches[fd].parked && enter_set(mon, (int)fd) < 0)
-            ul_fdmon_park(mon, (int)fd); /* no memory: its owner hears of it through a failing read or write */
-    }
-    return 0;
+    for (size_t fd = 0; fd < mon->watches_cap; fd++)
+        if (mon->watches[fd].events && !mon->watches[fd].parked)
+            enter_set(mon, (int)fd);
 }

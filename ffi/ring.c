@@ -139,7 +139,7 @@ static int self_test_with(ul_ring *ring, int fd) {
     if (ret < 0 || !(res > 0 && (res & POLLOUT)))
         return ret < 0 ? ret : -EOPNOTSUPP;
     ul_prep_poll_add(ul_ring_get_sqe(ring), fd, POLLIN, false, WAITS);
-    ul_prep_poll_remove(ul_ring_get_sqe(ring), WAITS, 0);
+    ul_prep_cancel(ul_ring_get_sqe(ring), WAITS);
     ret = expect_completion(ring, WAITS, &res);
     if (ret < 0 || res != -ECANCELED)
         return ret < 0 ? ret : -EOPNOTSUPP;
@@ -192,13 +192,6 @@ void ul_ring_close(ul_ring *ring) {
         munmap(ring->sqes_map, ring->sqes_size_bytes);
     if (ring->rings_map)
         munmap(ring->rings_map, ring->rings_size_bytes);
-    if (ring->fd >= 0)
-        close(ring->fd);
-    ring->sqes_map = ring->rings_map = NULL;
-    ring->fd = -1;
-}
-
-void ul_ring_close_in_child(ul_ring *ring) {
     if (ring->fd >= 0)
         close(ring->fd);
     ring->sqes_map = ring->rings_map = NULL;
@@ -271,9 +264,8 @@ void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool mul
     sqe->user_data = user_data;
 }
 
-void ul_prep_poll_remove(struct ul_sqe *sqe, uint64_t target_user_data, uint64_t user_data) {
-    sqe->opcode = UL_OP_POLL_REMOVE;
+void ul_prep_cancel(struct ul_sqe *sqe, uint64_t target_user_data) {
+    sqe->opcode = UL_OP_ASYNC_CANCEL;
     sqe->fd = -1;
     sqe->addr = target_user_data;
-    sqe->user_data = user_data;
 }

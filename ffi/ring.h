@@ -1,9 +1,9 @@
 /*
  * One io_uring: set-up, submission, completion.
  *
- * Why it exists: the fd monitor needs a dozen lines of liburing, in a form that falls back on any refusal and that two extension
- * modules can link. Promise: only this file pair maps ring memory, and only the thread that owns the ring calls the functions
- * that touch it (SINGLE_ISSUER makes the kernel refuse the others with -EEXIST).
+ * Why it exists: the fd monitor needs a dozen lines of liburing, in a form that falls back on any refusal and that two
+ * extension modules can link. Promise: only this file pair maps ring memory, and only the thread that owns the ring calls the
+ * functions that touch it (SINGLE_ISSUER makes the kernel refuse the others with -EEXIST).
  *
  * Errors are returned as -errno; nothing here keeps state outside the ul_ring.
  */
@@ -52,18 +52,15 @@ int ul_ring_open(ul_ring *ring, uint32_t sq_entries, uint32_t cq_entries, ul_rin
  * and lets go of its files within milliseconds, since the mapping and the descriptor are the ring's only references. */
 void ul_ring_close(ul_ring *ring);
 
-/* In a forked child: closes the child's descriptor and touches nothing else. The mapping did not come along (MADV_DONTFORK). */
-void ul_ring_close_in_child(ul_ring *ring);
-
 /* A zeroed entry to fill, or NULL when the queue is full (then ul_ring_enter makes room). */
 struct ul_sqe *ul_ring_get_sqe(ul_ring *ring);
 
 /* Entries queued and not yet taken by the kernel. */
 uint32_t ul_ring_unsubmitted(const ul_ring *ring);
 
-/* Submits what is queued and waits for min_complete completions, at most timeout_ns (negative: no limit). min_complete 0 returns
- * at once but still runs deferred work. Returns the number of entries taken or -errno. A signal may hide behind a positive
- * result, so the caller must look at the clock and the queue, not at -EINTR. */
+/* Submits what is queued and waits for min_complete completions, at most timeout_ns (negative: no limit). min_complete 0
+ * returns at once but still runs deferred work. Returns the number of entries taken or -errno. A signal may hide behind a
+ * positive result, so the caller must look at the clock and the queue, not at -EINTR. */
 int ul_ring_enter(ul_ring *ring, uint32_t min_complete, int64_t timeout_ns);
 
 /* True when an enter could bring completions or some are there already. Reads shared memory only. */
@@ -79,7 +76,7 @@ int ul_ring_set_eventfd(ul_ring *ring, int eventfd);
 
 /* Fills in a poll, one-shot or multishot. poll_events are poll(2) bits. */
 void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool multishot, uint64_t user_data);
-/* Fills in the cancellation of the poll with the target's user_data. */
-void ul_prep_poll_remove(struct ul_sqe *sqe, uint64_t target_user_data, uint64_t user_data);
+/* Fills in the cancellation of a request. Its own completion carries user_data 0. */
+void ul_prep_cancel(struct ul_sqe *sqe, uint64_t target_user_data);
 
 #endif

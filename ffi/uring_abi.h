@@ -1,8 +1,8 @@
 /*
  * The part of the kernel's io_uring interface that uringloop uses.
  *
- * Why it exists: Debian 12 ships kernel headers from 6.1 and liburing 2.3, both without half of these names, and a wheel may not
- * depend on either. Promise: numbers and layouts here are the kernel's, nothing else is in this file.
+ * Why it exists: Debian 12 ships kernel headers from 6.1 and liburing 2.3, both without half of these names, and a wheel may
+ * not depend on either. Promise: numbers and layouts here are the kernel's, nothing else is in this file.
  */
 #ifndef UL_URING_ABI_H
 #define UL_URING_ABI_H
@@ -70,17 +70,10 @@ struct ul_getevents_arg {
 };
 
 enum {
-    UL_OP_NOP = 0,
     UL_OP_POLL_ADD = 6,
-    UL_OP_POLL_REMOVE = 7,
-};
-
-enum {
+    UL_OP_ASYNC_CANCEL = 14,
     UL_POLL_ADD_MULTI = 1 << 0, /* in ul_sqe.len */
     UL_CQE_F_MORE = 1 << 1,     /* in ul_cqe.flags */
-};
-
-enum {
     UL_SETUP_CQSIZE = 1 << 3,
     UL_SETUP_CLAMP = 1 << 4,
     UL_SETUP_SUBMIT_ALL = 1 << 7,
@@ -88,29 +81,17 @@ enum {
     UL_SETUP_SINGLE_ISSUER = 1 << 12,
     UL_SETUP_DEFER_TASKRUN = 1 << 13,
     UL_SETUP_NO_SQARRAY = 1 << 16,
-};
-
-enum {
     UL_FEAT_SINGLE_MMAP = 1 << 0,
     UL_FEAT_NODROP = 1 << 1,
     UL_FEAT_SUBMIT_STABLE = 1 << 2,
     UL_FEAT_EXT_ARG = 1 << 8,
     UL_FEAT_CQE_SKIP = 1 << 11,
     UL_FEAT_NO_IOWAIT = 1 << 17,
-};
-
-enum {
     UL_ENTER_GETEVENTS = 1 << 0,
     UL_ENTER_EXT_ARG = 1 << 3,
     UL_ENTER_NO_IOWAIT = 1 << 7,
-};
-
-enum {
-    UL_SQ_CQ_OVERFLOW = 1 << 1,
+    UL_SQ_CQ_OVERFLOW = 1 << 1, /* in *sq_flags */
     UL_SQ_TASKRUN = 1 << 2,
-};
-
-enum {
     UL_REGISTER_EVENTFD = 4,
     UL_UNREGISTER_EVENTFD = 5,
 };

@@ -1,1 +1,1 @@
-"""Tests of uringloop: sentences about behaviour, on real sockets and real kernels, the same for every monitor."""
+"""Tests of uringloop: sentences about behaviour, on real sockets and kernels, for every monitor."""

@@ -6,8 +6,8 @@ subclass, not a rewrite; whatever is not here is asyncio's own code.
 The private hooks of asyncio that we use, all of them (each is guarded by
 test_every_private_hook_is_where_we_expect_it):
 
-- `BaseSelectorEventLoop._make_socket_transport`, `._make_datagram_transport`: which transport
-  classes are made.
+- `BaseSelectorEventLoop._make_socket_transport`, `._make_datagram_transport`,
+  `._ensure_fd_no_transport`: which transport classes are made, one per socket.
 - `_UnixSelectorEventLoop._make_read_pipe_transport`: the same for pipes.
 - `BaseSelectorEventLoop._make_ssl_transport` and the `_ssl_protocol` of what it returns: the size
   of a TLS read.
@@ -58,7 +58,7 @@ class EventLoop(asyncio.SelectorEventLoop):
     Raises UringUnavailable when a forced monitor is refused, and ValueError for an unknown name.
     """
 
-    # A loop that was refused a monitor has nothing to close; asyncio's __init__ says False.
+    # A loop that could not be made has nothing to close; asyncio's __init__ says False.
     _closed = True
 
     def __init__(self, *, monitor: str | None = None) -> None:
@@ -67,6 +67,7 @@ class EventLoop(asyncio.SelectorEventLoop):
             super().__init__(selector)
         except BaseException:
             selector.close()
+            self._closed = True
             raise
         self._uring_selector = selector
         self._recv_buffer = memoryview(mmap.mmap(-1, _RECV_BUFFER_SIZE_BYTES))
@@ -93,6 +94,7 @@ class EventLoop(asyncio.SelectorEventLoop):
     # handed on.
 
     def _make_socket_transport(self, sock: Any, protocol: Any, *args: Any, **kwargs: Any) -> Any:
+        self._ensure_fd_no_transport(sock)  # type: ignore[attr-defined]
         _set_nodelay(sock)
         return _SocketTransport(self, sock, protocol, *args, **kwargs)
 
