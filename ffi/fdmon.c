@@ -331,9 +331,8 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
         mon->turns++;
         renew(mon);
         forget_wanted_turn(mon);
-        if (!ul_fd_list_empty(&mon->ready))
-            timeout_ns = 0;
-        ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? wait_or_downgrade(mon, timeout_ns) : 0;
+        bool wait = ul_fd_list_empty(&mon->ready) && (timeout_ns != 0 || mon->ops->need_wait(mon));
+        ret = wait ? wait_or_downgrade(mon, timeout_ns) : 0;
         if (ret >= 0)
             ret = mon->ops->dispatch(mon, out, out_max);
         if (!ul_fd_list_empty(&mon->pending) || !ul_fd_list_empty(&mon->ready))

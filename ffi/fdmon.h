@@ -82,8 +82,9 @@ void ul_ring_free_in_child(ul_ring *ring);
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
 /* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all) and stores up to out_max ready
- * descriptors, each once. Returns their number, perhaps | UL_DOWNGRADED. 0 before the timeout means "interrupted, ask again":
- * the caller looks after signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
+ * descriptors, each once. What there was no room for is handed over by the next turns, before the kernel is asked again.
+ * Returns their number, perhaps | UL_DOWNGRADED. 0 before the timeout means "interrupted, ask again": the caller looks after
+ * signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
 int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max);
 
 /* Hands over what the last turn collected and had no room for. Never blocks, never enters the kernel. */

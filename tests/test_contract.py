@@ -26,8 +26,7 @@ import tracemalloc
 from asyncio import base_events, sslproto
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from types import CodeType
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -42,7 +41,6 @@ selector_events: Any = importlib.import_module("asyncio.selector_events")
 unix_events: Any = importlib.import_module("asyncio.unix_events")
 
 Loop = uringloop.EventLoop
-Transport = loop_module._SocketTransport
 
 # -------------------------------------------------------------------------- asyncio's private hooks
 
@@ -52,22 +50,14 @@ HOOKS = {
         "_make_socket_transport",
         "_make_datagram_transport",
         "_make_ssl_transport",
-        "_ensure_fd_no_transport",
     },
     unix_events._UnixSelectorEventLoop: {"_make_read_pipe_transport"},
-    selector_events._SelectorSocketTransport: {
-        "set_protocol",
-        "_read_ready__data_received",
-        "_read_ready__on_eof",
-        "_fatal_error",
-        "max_size",
-    },
+    selector_events._SelectorSocketTransport: {"max_size"},
     selector_events._SelectorDatagramTransport: {"max_size"},
     unix_events._UnixReadPipeTransport: {"max_size"},
     sslproto.SSLProtocol: {"max_size"},
     selectors._BaseSelectorImpl: {"_fileobj_lookup", "get_key", "close"},
 }
-INSTANCE_HOOKS = {"_sock", "_conn_lost", "_protocol", "_loop"}
 LOOP_HOOKS = {"_ssl_protocol", "_closed", "_transports"}  # the first on a TLS transport
 
 
@@ -92,9 +82,7 @@ def test_every_private_hook_is_where_we_expect_it(loop: Loop) -> None:
 
     async def main() -> None:
         async with connected() as (transport, _):
-            for name in INSTANCE_HOOKS:
-                assert hasattr(transport, name), f"a socket transport has no {name} any more"
-            assert transport._read_ready_cb == transport._read_ready__data_received
+            assert transport.max_size == loop_module._STREAM_READ_MAX_BYTES
             for name in LOOP_HOOKS - {"_ssl_protocol"}:
                 assert hasattr(loop, name), f"a loop has no {name} any more"
 
@@ -127,18 +115,17 @@ def own_names(module: Any) -> set[str]:
 
 def test_the_docstring_of_loop_py_lists_every_private_hook_that_is_used() -> None:
     listed = set(re.findall(r"\b_[A-Za-z]\w+", loop_module.__doc__ or ""))
-    stock = {name for owner in HOOKS for name in dir(owner)} | INSTANCE_HOOKS
+    stock = {name for owner in HOOKS for name in dir(owner)}
     overridden = {
         name
-        for ours in (Loop, Transport)
-        for name in vars(ours)
+        for name in vars(Loop)
         if name in stock and not name.startswith("__") and name.startswith("_")
     }
     used = private_names(loop_module) - own_names(loop_module) | overridden
     assert len(used) >= 9
     expected_elsewhere = {"_SelectorSocketTransport", "_SelectorDatagramTransport"}
     assert used - expected_elsewhere <= listed, "used, but not in the list"
-    known = {name for names in HOOKS.values() for name in names} | INSTANCE_HOOKS | LOOP_HOOKS
+    known = {name for names in HOOKS.values() for name in names} | LOOP_HOOKS
     owners = {owner.__name__ for owner in HOOKS}
     assert listed - owners <= known, "in the list, but not checked by the test of the hooks"
 
@@ -188,7 +175,7 @@ def shapes(signature: inspect.Signature) -> Iterator[tuple[list[object], dict[st
 
 OVERRIDES = [
     (ours, name)
-    for ours in (Loop, Transport)
+    for ours in (Loop,)
     for name, value in vars(ours).items()
     if inspect.isfunction(value)
     and any(name in vars(base) for base in ours.__mro__[1:] if base is not object)
@@ -198,7 +185,7 @@ OVERRIDES = [
 
 def test_there_are_overrides_to_compare() -> None:
     names = {name for _, name in OVERRIDES}
-    assert {"_make_socket_transport", "_make_ssl_transport", "_read_ready__data_received"} <= names
+    assert {"_make_socket_transport", "_make_ssl_transport", "start_tls"} <= names
 
 
 @pytest.mark.parametrize(("ours", "name"), OVERRIDES)
@@ -234,27 +221,6 @@ def test_the_loop_overrides_nothing_but_the_making_of_transports() -> None:
         "_make_socket_transport",
         "_make_ssl_transport",
     }
-
-
-def all_names(code: CodeType) -> set[str]:
-    return set(code.co_names)
-
-
-def test_our_receiving_does_what_asyncios_does() -> None:
-    """Ours replaces this one method; what asyncio's learns, ours must learn too."""
-    theirs = selector_events._SelectorSocketTransport._read_ready__data_received
-    ours = Transport._read_ready__data_received
-    instead_of = {"recv": "recv_into", "max_size": "_recv_buffer"}
-    expected = {instead_of.get(name, name) for name in all_names(theirs.__code__)}
-    allowed = {"_loop", "bytes"}
-    assert all_names(ours.__code__) - allowed == expected
-
-
-def test_our_making_of_a_transport_does_what_asyncios_does() -> None:
-    theirs = selector_events.BaseSelectorEventLoop._make_socket_transport
-    ours = Loop._make_socket_transport
-    missing = all_names(theirs.__code__) - all_names(ours.__code__) - {"_SelectorSocketTransport"}
-    assert not missing
 
 
 def test_transports_carry_what_libraries_reach_for(loop: Loop) -> None:
@@ -305,7 +271,7 @@ class Sizes(asyncio.Protocol):
             await self.changed.wait()
 
 
-def test_a_large_stream_arrives_in_exact_pieces_no_larger_than_the_buffer(loop: Loop) -> None:
+def test_a_large_stream_arrives_in_exact_pieces_no_larger_than_one_read(loop: Loop) -> None:
     sizes: list[Sizes] = []
 
     def make() -> Sizes:
@@ -318,16 +284,12 @@ def test_a_large_stream_arrives_in_exact_pieces_no_larger_than_the_buffer(loop: 
             await sizes[0].until(4 << 20)
 
     run(loop, main())
-    assert 0 < sizes[0].largest <= loop_module._RECV_BUFFER_SIZE_BYTES
+    assert 0 < sizes[0].largest <= loop_module._STREAM_READ_MAX_BYTES
     assert sizes[0].slack == sys.getsizeof(b"")
 
 
-def test_the_receive_buffer_is_aligned_and_below_the_threshold_of_mmap(loop: Loop) -> None:
-    import ctypes
-
-    address = ctypes.addressof(ctypes.c_char.from_buffer(cast("Any", loop._recv_buffer)))
-    assert address % 4096 == 0
-    assert 100 * 1024 <= len(loop._recv_buffer) < 128 * 1024
+def test_a_read_stays_below_the_threshold_of_mmap_and_above_a_hundred_kibibytes() -> None:
+    assert 100 * 1024 < loop_module._STREAM_READ_MAX_BYTES < 128 * 1024
 
 
 Send = Callable[[], Awaitable[None]]

@@ -72,7 +72,8 @@ _SETUP_FLAGS: Final = {
 }
 
 _EVENT: Final = Struct("=iI")
-_EVENTS_MAX: Final = 1024  # per call into C, not per turn
+#: Events that one call into C hands over; a turn that may have all of them calls again.
+EVENTS_MAX: Final = 1024
 
 
 class UringUnavailable(OSError):
@@ -191,7 +192,7 @@ class FDMon:
             raise UringUnavailable(-ret, f"{describe_refusal(step, -ret)}: {os.strerror(-ret)}")
         self._mon = mon[0]  # freed by __del__ only: no thread can be inside it then
         self.closed = False
-        self._out = ffi.new("ul_event[]", _EVENTS_MAX)
+        self._out = ffi.new("ul_event[]", EVENTS_MAX)
         self._out_bytes = memoryview(ffi.buffer(self._out)).toreadonly()
         _held.add(self)
 
@@ -216,17 +217,17 @@ class FDMon:
         if ret < 0:
             raise self._error(ret)
 
-    def turn(self, timeout_ns: int) -> list[tuple[int, int]]:
+    def turn(self, timeout_ns: int, events_max: int = EVENTS_MAX) -> list[tuple[int, int]]:
         """Waits at most `timeout_ns` (negative: without limit) and returns (fd, events) of what is
-        ready.
+        ready: all of it, or at most `events_max`, and the rest in the next turns.
 
         An empty list before time is up means "interrupted": the caller returns to Python, so that
         signal handlers run, looks at the clock and asks again.
         """
-        n = lib.ul_fdmon_turn(self._mon, timeout_ns, self._out, _EVENTS_MAX)
+        n = lib.ul_fdmon_turn(self._mon, timeout_ns, self._out, events_max)
         if n == 0:
             return []
-        if n < 0 or n >= _EVENTS_MAX:
+        if n < 0 or n >= EVENTS_MAX:
             return self._unusual_turn(n)
         return list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
 
@@ -236,8 +237,8 @@ class FDMon:
         downgraded = n & lib.UL_DOWNGRADED
         n &= ~lib.UL_DOWNGRADED
         events = list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
-        while n == _EVENTS_MAX:
-            n = lib.ul_fdmon_dispatch(self._mon, self._out, _EVENTS_MAX)
+        while n == EVENTS_MAX:
+            n = lib.ul_fdmon_dispatch(self._mon, self._out, EVENTS_MAX)
             events += _EVENT.iter_unpack(self._out_bytes[: n * 8])
         if downgraded:
             logger.warning("%s; the loop goes on with %s", self.fallback_reason, self.name)

@@ -7,24 +7,18 @@ The private hooks of asyncio that we use, all of them (each is guarded by
 test_every_private_hook_is_where_we_expect_it):
 
 - `BaseSelectorEventLoop._make_socket_transport`, `._make_datagram_transport`,
-  `._ensure_fd_no_transport`: which transport classes are made, one per socket.
-- `_UnixSelectorEventLoop._make_read_pipe_transport`: the same for pipes.
-- `BaseSelectorEventLoop._make_ssl_transport` and the `_ssl_protocol` of what it returns: the size
-  of a TLS read.
-- `_SelectorSocketTransport.set_protocol`, `._read_ready__data_received`, and in it `_loop`,
-  `_sock`, `_conn_lost`, `_protocol`, `_fatal_error`, `_read_ready__on_eof`: how bytes are received.
+  `._make_ssl_transport`, `_UnixSelectorEventLoop._make_read_pipe_transport`: where transports are
+  made.
+- `max_size` of the first two and of the pipe transport, and of the `_ssl_protocol` of the third:
+  how much is read at once.
 - `BaseEventLoop._closed`: what its finalizer asks.
-- `max_size` of `_SelectorDatagramTransport`, `_UnixReadPipeTransport` and `SSLProtocol`: how much
-  is read at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import socket
-from asyncio import selector_events, sslproto
 from typing import TYPE_CHECKING, Any
 
 from uringloop.selector import Selector
@@ -32,19 +26,19 @@ from uringloop.selector import Selector
 if TYPE_CHECKING:
     from uringloop.fdmon import Statistics
 
-# Stock asyncio allocates 256 KiB for every read and gives most of it back: malloc maps and unmaps
-# fresh pages each time, 25 us for a message of 1 KiB. We receive into one page-aligned buffer (recv
-# to other addresses is up to ten times slower on some processors) and make bytes of the exact size.
-# It stays below malloc's 128 KiB mmap threshold, and above 100 KiB so that a message of that size
-# needs one read. Numbers: docs/decisions.md.
-_RECV_BUFFER_SIZE_BYTES = 120 * 1024
-
-# asyncio has no public name for it, and typeshed none at all.
-_StockSocketTransport: Any = selector_events._SelectorSocketTransport  # type: ignore[attr-defined]
+# Stock asyncio allocates 256 KiB for every read and gives most of it back. malloc serves what is
+# above 128 KiB with fresh pages, mapped and unmapped each time: 20 us for a message of 1 KiB. So a
+# read of a stream stays below that, and above 100 KiB so that a message of that size needs one.
+# Receiving into one hot buffer and copying was measured and is slower (docs/decisions.md).
+_STREAM_READ_MAX_BYTES = 120 * 1024
 
 # One read of a pipe, of TLS plaintext, or one datagram: their natural limits are 64 KiB, 16 KiB and
 # 64 KiB.
-_READ_SIZE_MAX_BYTES = 64 * 1024
+_READ_MAX_BYTES = 64 * 1024
+
+# Ready descriptors per turn. asyncio collects everything first and runs it afterwards: a thousand
+# messages of 100 KiB have left every cache before the first is answered. Thirty-two have not.
+_EVENTS_PER_TURN = 32
 
 
 class EventLoop(asyncio.SelectorEventLoop):
@@ -62,7 +56,7 @@ class EventLoop(asyncio.SelectorEventLoop):
     _closed = True
 
     def __init__(self, *, monitor: str | None = None) -> None:
-        selector = Selector(monitor)
+        selector = Selector(monitor, events_max=_EVENTS_PER_TURN)
         try:
             super().__init__(selector)
         except BaseException:
@@ -70,7 +64,6 @@ class EventLoop(asyncio.SelectorEventLoop):
             self._closed = True
             raise
         self._uring_selector = selector
-        self._recv_buffer = memoryview(mmap.mmap(-1, _RECV_BUFFER_SIZE_BYTES))
 
     @property
     def monitor(self) -> str:
@@ -93,26 +86,33 @@ class EventLoop(asyncio.SelectorEventLoop):
     # Signatures are asyncio's, which differ between Pythons (3.15 passes context=): everything is
     # handed on.
 
-    def _make_socket_transport(self, sock: Any, protocol: Any, *args: Any, **kwargs: Any) -> Any:
-        self._ensure_fd_no_transport(sock)  # type: ignore[attr-defined]
+    def _make_socket_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
         _set_nodelay(sock)
-        return _SocketTransport(self, sock, protocol, *args, **kwargs)
+        transport = super()._make_socket_transport(sock, *args, **kwargs)  # type: ignore[misc]
+        transport.max_size = _STREAM_READ_MAX_BYTES
+        return transport
 
     def _make_datagram_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
         transport = super()._make_datagram_transport(sock, *args, **kwargs)  # type: ignore[misc]
         if sock.family in (socket.AF_INET, socket.AF_INET6):
-            transport.max_size = _READ_SIZE_MAX_BYTES
+            transport.max_size = _READ_MAX_BYTES
         return transport
 
     def _make_read_pipe_transport(self, *args: Any, **kwargs: Any) -> Any:
         transport = super()._make_read_pipe_transport(*args, **kwargs)  # type: ignore[misc]
-        transport.max_size = _READ_SIZE_MAX_BYTES
+        transport.max_size = _READ_MAX_BYTES
         return transport
 
     def _make_ssl_transport(self, rawsock: Any, *args: Any, **kwargs: Any) -> Any:
         _set_nodelay(rawsock)
         transport = super()._make_ssl_transport(rawsock, *args, **kwargs)  # type: ignore[misc]
-        transport._ssl_protocol.max_size = _READ_SIZE_MAX_BYTES
+        transport._ssl_protocol.max_size = _READ_MAX_BYTES
+        return transport
+
+    async def start_tls(self, *args: Any, **kwargs: Any) -> Any:
+        """As asyncio's; only how much is read at once differs."""
+        transport: Any = await super().start_tls(*args, **kwargs)
+        transport._ssl_protocol.max_size = _READ_MAX_BYTES
         return transport
 
 
@@ -126,40 +126,3 @@ def _set_nodelay(sock: Any) -> None:
     if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto == 0:
         with contextlib.suppress(OSError):  # the peer may be gone already; or it is not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-class _SocketTransport(_StockSocketTransport):  # type: ignore[misc]
-    """asyncio's stream transport, receiving into the loop's one buffer.
-
-    As in asyncio, any exception but the two that end a program ends the connection.
-    """
-
-    _loop: EventLoop
-
-    def set_protocol(self, protocol: Any) -> None:
-        if isinstance(protocol, sslproto.SSLProtocol):  # start_tls makes it without asking the loop
-            protocol.max_size = _READ_SIZE_MAX_BYTES  # type: ignore[misc]
-        super().set_protocol(protocol)
-
-    def _read_ready__data_received(self) -> None:
-        if self._conn_lost:
-            return
-        buffer = self._loop._recv_buffer
-        try:
-            size_bytes = self._sock.recv_into(buffer)
-        except (BlockingIOError, InterruptedError):
-            return
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:  # noqa: BLE001
-            self._fatal_error(exc, "Fatal read error on socket transport")
-            return
-        if not size_bytes:
-            self._read_ready__on_eof()
-            return
-        try:
-            self._protocol.data_received(bytes(buffer[:size_bytes]))
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:  # noqa: BLE001
-            self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import TYPE_CHECKING, Any
 
-from uringloop.fdmon import FDMon, Statistics
+from uringloop.fdmon import EVENTS_MAX, FDMon, Statistics
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
@@ -42,6 +42,9 @@ class Selector(selectors._BaseSelectorImpl):
     on io_uring; they travel with the next `select()`. Removing a watch that is armed in the kernel
     enters at once, so that a `close()` right after it really closes.
 
+    `events_max` limits what one `select()` returns (None: everything that is ready); the rest is
+    returned by the next ones, before the kernel is asked again.
+
     Not thread-safe, like every selector; a call from a wrong thread does no damage but does not
     wake a `select()` either.
     """
@@ -49,8 +52,11 @@ class Selector(selectors._BaseSelectorImpl):
     _fd_to_key: dict[int, SelectorKey]
     _fileobj_lookup: Callable[[FileDescriptorLike], int]
 
-    def __init__(self, monitor: str | None = None) -> None:
+    def __init__(self, monitor: str | None = None, *, events_max: int | None = None) -> None:
         super().__init__()
+        if events_max is not None and not 0 < events_max < EVENTS_MAX:
+            raise ValueError(f"events_max must be None or 1..{EVENTS_MAX - 1}, not {events_max!r}")
+        self._events_max = events_max or EVENTS_MAX
         self._map = _Keys(self)
         self._fdmon = FDMon.create(monitor)
 
@@ -136,13 +142,13 @@ class Selector(selectors._BaseSelectorImpl):
         of the time (PEP 475).
         """
         if timeout is None:
-            ready = self._fdmon.turn(-1) or self._turn_until(None)
+            ready = self._fdmon.turn(-1, self._events_max) or self._turn_until(None)
         elif timeout <= 0:
-            ready = self._fdmon.turn(0)
+            ready = self._fdmon.turn(0, self._events_max)
         else:
             timeout_ns = min(math.ceil(timeout * 1e9), _TIMEOUT_NS_MAX)
             deadline_ns = time.monotonic_ns() + timeout_ns
-            ready = self._fdmon.turn(timeout_ns) or self._turn_until(deadline_ns)
+            ready = self._fdmon.turn(timeout_ns, self._events_max) or self._turn_until(deadline_ns)
         keys = self._fd_to_key
         return [
             (key, events & key.events) for fd, events in ready if (key := keys.get(fd)) is not None
@@ -156,7 +162,7 @@ class Selector(selectors._BaseSelectorImpl):
                 timeout_ns = deadline_ns - time.monotonic_ns()
                 if timeout_ns <= 0:
                     break
-            ready = self._fdmon.turn(timeout_ns)
+            ready = self._fdmon.turn(timeout_ns, self._events_max)
         return ready
 
     def close(self) -> None:
