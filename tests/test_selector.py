@@ -1646,3 +1646,57 @@ def test_auto_takes_the_best_monitor_and_explains_any_other() -> None:
         best = next(name for name in MONITORS if refusal(name) is None)
         assert selector.monitor == best
         assert (selector.fallback_reason is None) == (best == "io_uring")
+
+
+# ------------------------------------------------------------------------------ events per select
+
+
+def test_a_limited_selector_hands_over_the_rest_before_it_asks_the_kernel_again(
+    monitor: str, make_pair: Callable[[], Pair]
+) -> None:
+    pairs = [make_pair() for _ in range(10)]
+    with uringloop.Selector(monitor, events_max=4) as selector:
+        for ours, peer in pairs:
+            peer.send(b"x")
+            selector.register(ours, READ)
+        seen: list[object] = []
+        for expected in (4, 4, 2):
+            events = selector.select(1)
+            assert len(events) == expected
+            seen += [key.fileobj for key, _ in events]
+        assert {id(sock) for sock in seen} == {id(ours) for ours, _ in pairs}
+
+
+def test_nobody_starves_behind_descriptors_that_are_always_ready(
+    monitor: str, make_pair: Callable[[], Pair]
+) -> None:
+    pairs = [make_pair() for _ in range(12)]
+    with uringloop.Selector(monitor, events_max=3) as selector:
+        for ours, peer in pairs:
+            peer.send(b"x")
+            selector.register(ours, READ)
+        counts = dict.fromkeys((ours.fileno() for ours, _ in pairs), 0)
+        for _ in range(200):
+            for key, _events in selector.select(1):
+                counts[key.fd] += 1
+        assert min(counts.values()) >= 0.8 * max(counts.values())
+
+
+def test_a_removed_watch_is_not_among_the_rest(monitor: str, make_pair: Callable[[], Pair]) -> None:
+    pairs = [make_pair() for _ in range(6)]
+    with uringloop.Selector(monitor, events_max=1) as selector:
+        for ours, peer in pairs:
+            peer.send(b"x")
+            selector.register(ours, READ)
+        [(first, _)] = selector.select(1)
+        for ours, _ in pairs:
+            selector.unregister(ours)
+        selector.register(first.fileobj, READ)
+        events = selector.select(1)
+        assert [key.fd for key, _ in events] == [first.fd]
+
+
+@pytest.mark.parametrize("events_max", [0, -1, 1 << 20])
+def test_a_limit_that_makes_no_sense_is_refused(monitor: str, events_max: int) -> None:
+    with pytest.raises(ValueError, match="events_max must be"):
+        uringloop.Selector(monitor, events_max=events_max)
