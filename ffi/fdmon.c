@@ -78,8 +78,6 @@ static int grow_table(ul_fdmon *mon, int fd) {
     return 0;
 }
 
-/* ---- collecting and handing over ---- */
-
 static void push_ready(ul_fdmon *mon, int fd) {
     ul_watch *watch = &mon->watches[fd];
     if (watch->on_ready || !watch->revents)
@@ -186,7 +184,7 @@ int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_inf
     int ret = choose(mon, spare);
     ul_fdmon_setup_info(mon, info);
     if (ret < 0) {
-        mon->ops->close(mon, 0);
+        mon->ops->close(mon);
         ul_fdmon_free(mon);
         return ret;
     }
@@ -200,7 +198,7 @@ int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
     int ret = mon->waiting ? -EBUSY : 0;
     if (ret == 0 && !mon->closed) {
         *spare = ul_fdmon_io_uring_release(mon);
-        mon->ops->close(mon, 0);
+        mon->ops->close(mon);
         if (mon->eventfd >= 0)
             close(mon->eventfd);
         mon->eventfd = -1;
@@ -217,11 +215,9 @@ int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
  * on living on epoll, on poll if even that fails. Level-triggered readiness makes this lossless: whatever is ready is reported
  * by the next monitor again. Tests: test_traffic_survives_a_seccomp_filter_installed_later. */
 static void downgrade(ul_fdmon *mon, int err) {
-    bool was_epoll = mon->ops == NULL || strcmp(mon->ops->name, "epoll") == 0;
-    if (mon->ops) {
-        refused(mon, was_epoll ? "epoll_wait" : mon->step, err);
-        mon->ops->close(mon, err);
-    }
+    bool was_epoll = strcmp(mon->ops->name, "epoll") == 0;
+    refused(mon, mon->step, err);
+    mon->ops->close(mon);
     mon->stale = false;
     mon->info.ring_setup_flags = mon->info.ring_features = mon->info.sq_entries = mon->info.cq_entries = 0;
     if (was_epoll || ul_fdmon_epoll_setup(mon) < 0)
@@ -236,6 +232,7 @@ static void renew(ul_fdmon *mon) {
     if (!mon->stale)
         return;
     mon->stale = false;
+    mon->step = "epoll_create1";
     int ret = strcmp(mon->ops->name, "epoll") == 0 ? ul_fdmon_epoll_setup(mon) : 0;
     if (ret < 0)
         downgrade(mon, ret);
@@ -252,8 +249,6 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon) {
     mon->epoll_fd = mon->eventfd = -1;
     mon->stale = !mon->closed;
 }
-
-/* ---- the public verbs ---- */
 
 /* epoll refuses what has no poll method; io_uring would report it as always ready. A socket and a FIFO always have one;
  * anything else is asked once, of epoll itself, so that the answer is the one users of EpollSelector know. */
@@ -286,7 +281,7 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
         return 0;
     watch->events = (uint8_t)events;
     watch->revents = 0;
-    watch->parked = false;
+    watch->parked = watch->edge = false;
     ret = mon->ops->update(mon, fd, before.parked ? 0 : before.events); /* epoll does not have a parked one */
     watch = &mon->watches[fd];
     if (ret < 0 && events) {
@@ -330,11 +325,14 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
     if (!mon->closed && !mon->waiting) {
         mon->turns++;
         renew(mon);
-        forget_wanted_turn(mon);
-        bool wait = ul_fd_list_empty(&mon->ready) && (timeout_ns != 0 || mon->ops->need_wait(mon));
-        ret = wait ? wait_or_downgrade(mon, timeout_ns) : 0;
-        if (ret >= 0)
-            ret = mon->ops->dispatch(mon, out, out_max);
+        ret = mon->ops->dispatch(mon, out, out_max); /* what the last turn had no room for */
+        if (ret == 0) {
+            forget_wanted_turn(mon);
+            if (timeout_ns != 0 || mon->ops->need_wait(mon))
+                ret = wait_or_downgrade(mon, timeout_ns);
+            if (ret >= 0)
+                ret = mon->ops->dispatch(mon, out, out_max);
+        }
         if (!ul_fd_list_empty(&mon->pending) || !ul_fd_list_empty(&mon->ready))
             ul_fdmon_want_turn(mon);
         if (ret >= 0 && mon->downgrade_unreported) {
@@ -391,6 +389,6 @@ void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out) {
 void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out) {
     pthread_mutex_lock(&mon->lock);
     *out = mon->info;
-    out->name = mon->ops ? mon->ops->name : NULL;
+    out->name = mon->ops->name;
     pthread_mutex_unlock(&mon->lock);
 }

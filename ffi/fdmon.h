@@ -73,12 +73,10 @@ void ul_ring_free(ul_ring *ring);
 /* In a forked child, before anything else: lets go of the parent's kernel objects without touching them. The next use makes
  * own ones and watches the same descriptors. */
 void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
-void ul_ring_free_in_child(ul_ring *ring);
 
-/* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No system call on
- * io_uring but for the removal of an armed watch, which returns when the kernel holds the file no more. Errors are
- * epoll_ctl's: -EBADF, -EPERM for what cannot be polled, -ENOENT; -ENOMEM. A failed call changes nothing. Removing never
- * fails. */
+/* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No io_uring_enter but
+ * for the removal of an armed watch, which returns when the kernel holds the file no more (from a foreign thread beside a
+ * wait: in the owner's next turn). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never fails. */
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
 /* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all) and stores up to out_max ready
@@ -134,9 +132,9 @@ typedef struct FDMonOps {
     /* Hands over what wait() collected; never blocks. */
     int (*dispatch)(ul_fdmon *mon, ul_event *out, int out_max);
 
-    /* Lets go of the kernel's objects and of nothing else: the watches stay, for the next monitor to take over. err is the
-     * error that lost them, 0 without one. */
-    void (*close)(ul_fdmon *mon, int err);
+    /* Lets go of the kernel's objects and of nothing else: the watches stay, for the next monitor to take over. A descriptor
+     * whose number has become the application's is left alone. */
+    void (*close)(ul_fdmon *mon);
 } FDMonOps;
 
 /* A POLL_ADD that the kernel has. user_data = generation << 32 | index + 1: never an fd, because a poll outlives the number. */
@@ -153,7 +151,7 @@ struct ul_fdmon {
     pthread_mutex_t lock;
     const FDMonOps *ops;
     enum ul_kind kind; /* what was asked for */
-    bool stale;        /* the kernel objects are gone (fork, drop by another thread): set up again before the next use */
+    bool stale;        /* the kernel objects are gone (fork): set up again before the next use */
     bool closed;
     bool waiting; /* a thread is in the kernel, without the lock */
 

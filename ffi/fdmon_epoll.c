@@ -76,8 +76,10 @@ static int epoll_mon_wait(ul_fdmon *mon, int64_t timeout_ns) {
 /* Only the kernel knows. */
 static bool epoll_need_wait(ul_fdmon *mon) { return mon->watches_live > 0; }
 
-static void epoll_close(ul_fdmon *mon, int err) {
-    if (mon->epoll_fd >= 0 && err != -EBADF && err != -EINVAL) /* those two: the number is not ours any more */
+static void epoll_close(ul_fdmon *mon) {
+    struct epoll_event event;
+    /* EBADF, EINVAL: the application closed it, and the number may be another file's by now. */
+    if (mon->epoll_fd >= 0 && (epoll_wait(mon->epoll_fd, &event, 1, 0) >= 0 || (errno != EBADF && errno != EINVAL)))
         close(mon->epoll_fd);
     mon->epoll_fd = -1;
 }
@@ -103,12 +105,13 @@ int ul_fdmon_epoll_setup(ul_fdmon *mon) {
             continue;
         int err = control(mon, EPOLL_CTL_ADD, (int)i);
         if (err == -ENOMEM || err == -ENOSPC) { /* epoll itself is full (fs.epoll.max_user_watches) */
-            epoll_close(mon, 0);
+            epoll_close(mon);
             return err;
         }
         if (err < 0)
             ul_fdmon_park(mon, (int)i);
     }
     mon->ops = &epoll_ops;
+    mon->step = "epoll_wait";
     return 0;
 }

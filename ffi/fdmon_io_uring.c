@@ -10,7 +10,8 @@
  *
  * - Multishot poll reports edges only, and its LEVEL flag is refused. asyncio promises levels, so polls are one-shot. A fired
  *   one is queued again at once but submitted with the next wait, after the callbacks ran: re-arming on a descriptor that is
- *   still ready completes immediately, which is the level. Tests: test_a_reader_that_takes_one_byte_is_called_for_every_byte.
+ *   still ready completes immediately, which is the level. Tests:
+ *   test_a_reader_that_takes_one_byte_is_reported_for_every_byte.
  * - A pending poll holds the open file, not the number. After close() the peer would see no end of file and a listening socket
  *   would go on accepting. So removing an armed watch enters at once and returns when the poll's own cqe is there. A watch
  *   that has just fired is not armed: closing a connection from its own callback costs nothing. Tests:
@@ -35,6 +36,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     SQ_ENTRIES = 256, /* with the completion queue about 84 KiB of locked memory */
@@ -43,8 +45,6 @@ enum {
     TRANSIENT_ERRORS_MAX = 16,
     REAP_ROUNDS_MAX = 1000,
 };
-
-/* ---- requests ---- */
 
 static int grow_requests(ul_fdmon *mon) {
     uint32_t cap = mon->requests_cap ? 2 * mon->requests_cap : REQUESTS_MIN;
@@ -101,14 +101,9 @@ static void want_all_armed(ul_fdmon *mon) {
             want_armed(mon, (int)fd);
 }
 
-/* ---- the ring's life ---- */
-
-static void drop_ring(ul_fdmon *mon, int err) {
+static void drop_ring(ul_fdmon *mon) {
     if (!mon->ring)
         return;
-    /* Somebody closed our descriptor; its number may be another file by now and is not ours to close. */
-    if (err == -EBADF || err == -EOPNOTSUPP)
-        mon->ring->fd = -1;
     ul_ring_free(mon->ring);
     mon->ring = NULL;
     forget_requests(mon);
@@ -120,18 +115,10 @@ void ul_ring_free(ul_ring *ring) {
     free(ring);
 }
 
-void ul_ring_free_in_child(ul_ring *ring) {
-    if (ring)
-        ring->sqes_map = ring->rings_map = NULL; /* MADV_DONTFORK: something else may live at these addresses here */
-    ul_ring_free(ring);
-}
-
 void ul_fdmon_io_uring_after_fork(ul_fdmon *mon) {
     if (!mon->ring)
         return;
-    ul_ring_free_in_child(mon->ring);
-    mon->ring = NULL;
-    forget_requests(mon);
+    drop_ring(mon);
     want_all_armed(mon);
 }
 
@@ -168,9 +155,7 @@ static int open_ring(ul_fdmon *mon, ul_ring *spare) {
     return 0;
 }
 
-/* ---- completions ---- */
-
-static void polled(ul_fdmon *mon, int fd, const struct ul_cqe *cqe) {
+static void polled(ul_fdmon *mon, int fd, uint8_t polled_for, const struct ul_cqe *cqe) {
     ul_watch *watch = &mon->watches[fd];
     bool passing = cqe->res == -ECANCELED || cqe->res == -ENOMEM || cqe->res == -EAGAIN || cqe->res == -EINTR;
     if (cqe->res < 0 && !passing) {
@@ -178,7 +163,7 @@ static void polled(ul_fdmon *mon, int fd, const struct ul_cqe *cqe) {
         return;
     }
     bool asked_for = cqe->res > 0 && ul_fdmon_collect(mon, fd, (uint32_t)cqe->res);
-    if (cqe->res > 0)
+    if (cqe->res > 0 && polled_for == watch->events)
         watch->edge = !asked_for;
     if (asked_for || !(cqe->flags & UL_CQE_F_MORE))
         want_armed(mon, fd);
@@ -190,6 +175,7 @@ static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
         return; /* the answer to a cancellation */
     ul_request *request = &mon->requests[id - 1];
     int fd = request->fd;
+    uint8_t events = request->events;
     bool live = request->state == UL_ARMED;
     if (!(cqe->flags & UL_CQE_F_MORE)) {
         free_request(mon, id);
@@ -197,7 +183,7 @@ static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
             mon->watches[fd].request = 0;
     }
     if (live)
-        polled(mon, fd, cqe);
+        polled(mon, fd, events, cqe);
 }
 
 /* What an enter's error means. Returns 0 when the caller may look at the queue and go on, else the error. */
@@ -239,8 +225,6 @@ static int enter_and_drain(ul_fdmon *mon) {
         err = drain(mon);
     return err;
 }
-
-/* ---- submissions ---- */
 
 static struct ul_sqe *get_sqe(ul_fdmon *mon, int *err) {
     struct ul_sqe *sqe = ul_ring_get_sqe(mon->ring);
@@ -334,12 +318,13 @@ static int arm_pending(ul_fdmon *mon) {
     return 0;
 }
 
-/* ---- the verbs ---- */
-
 static bool is_owner(const ul_fdmon *mon) { return mon->ring && pthread_equal(mon->ring_owner, pthread_self()); }
 
-static void drop_and_rearm(ul_fdmon *mon, int err) {
-    drop_ring(mon, err);
+/* In a forked child, a library's at-fork handler may come here before ours has dropped the ring. */
+static bool may_enter(const ul_fdmon *mon) { return is_owner(mon) && mon->ring->pid == getpid(); }
+
+static void drop_and_rearm(ul_fdmon *mon) {
+    drop_ring(mon);
     want_all_armed(mon);
 }
 
@@ -357,16 +342,16 @@ static void disarm(ul_fdmon *mon, int fd) {
     if (!id)
         return;
     doom_request(mon, id);
-    if (is_owner(mon)) {
+    if (may_enter(mon)) {
         watch->request = 0;
         int err = mon->requests_dying > 1 ? cancel_dying(mon) : cancel(mon, id); /* more: another thread's, not cancelled yet */
         err = err < 0 ? err : reap_dying(mon);
         if (err < 0)
-            drop_and_rearm(mon, err);
+            drop_and_rearm(mon);
     } else if (mon->waiting) {
         want_armed(mon, fd); /* the owner is in the kernel with the ring: it cancels in its next turn */
     } else {
-        drop_and_rearm(mon, 0);
+        drop_and_rearm(mon);
     }
 }
 
@@ -389,7 +374,7 @@ static int io_uring_update(ul_fdmon *mon, int fd, uint32_t old_events) {
 static int prepare(ul_fdmon *mon) {
     int err = 0;
     if (!is_owner(mon)) {
-        drop_ring(mon, 0);
+        drop_ring(mon);
         err = open_ring(mon, NULL);
     }
     if (err == 0 && mon->eventfd >= 0 && !mon->ring->has_eventfd) {
@@ -428,27 +413,28 @@ static int wait_in_this_thread(ul_fdmon *mon, int64_t timeout_ns) {
 static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
     int err = wait_in_this_thread(mon, timeout_ns);
     if (err == -EEXIST) { /* pthread_self() of a thread that ended may be given out again; the kernel knows better */
-        drop_and_rearm(mon, 0);
+        drop_and_rearm(mon);
         err = wait_in_this_thread(mon, timeout_ns);
     }
     return err;
 }
 
 static bool io_uring_need_wait(ul_fdmon *mon) {
-    if (!ul_fd_list_empty(&mon->pending) || !mon->ring)
-        return mon->watches_live > 0 || mon->ring;
-    return ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) || (mon->eventfd >= 0 && !mon->ring->has_eventfd);
+    if (!mon->ring)
+        return mon->watches_live > 0;
+    return !ul_fd_list_empty(&mon->pending) || ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) ||
+           (mon->eventfd >= 0 && !mon->ring->has_eventfd);
 }
 
-static void io_uring_close(ul_fdmon *mon, int err) {
-    drop_ring(mon, err);
+static void io_uring_close(ul_fdmon *mon) {
+    drop_ring(mon);
     int fd;
     while ((fd = ul_fd_list_pop(&mon->pending)) >= 0)
         mon->watches[fd].on_pending = false;
 }
 
 ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
-    if (!is_owner(mon))
+    if (!may_enter(mon))
         return NULL;
     for (uint32_t id = 1; id <= mon->requests_cap; id++)
         if (mon->requests[id - 1].state == UL_ARMED)

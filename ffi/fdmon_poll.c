@@ -88,8 +88,7 @@ static int poll_wait(ul_fdmon *mon, int64_t timeout_ns) {
 
 static bool poll_need_wait(ul_fdmon *mon) { return mon->pollfds_count > 0; }
 
-static void poll_close(ul_fdmon *mon, int err) {
-    (void)err;
+static void poll_close(ul_fdmon *mon) {
     for (size_t i = 0; i < mon->pollfds_count; i++)
         mon->watches[mon->pollfds[i].fd].request = 0;
     mon->pollfds_count = 0;

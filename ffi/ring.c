@@ -28,7 +28,7 @@
 enum {
     RING_FLAGS = UL_SETUP_SINGLE_ISSUER | UL_SETUP_DEFER_TASKRUN | UL_SETUP_TASKRUN_FLAG | UL_SETUP_SUBMIT_ALL |
         UL_SETUP_CLAMP | UL_SETUP_CQSIZE,
-    RING_FEATURES = UL_FEAT_SINGLE_MMAP | UL_FEAT_NODROP | UL_FEAT_SUBMIT_STABLE | UL_FEAT_EXT_ARG | UL_FEAT_CQE_SKIP,
+    RING_FEATURES = UL_FEAT_SINGLE_MMAP | UL_FEAT_NODROP | UL_FEAT_SUBMIT_STABLE | UL_FEAT_EXT_ARG,
     SMALL_SQ_ENTRIES = 64,
     SMALL_CQ_ENTRIES = 256,
     ENOMEM_RETRIES = 6, /* sleeps of 0.5, 1, 2 .. 16 ms: 31.5 ms in all */
@@ -165,6 +165,7 @@ int ul_ring_open(ul_ring *ring, uint32_t sq_entries, uint32_t cq_entries, ul_rin
     ring->fd = setup_within_memlock(sq_entries, cq_entries, &params);
     if (ring->fd < 0)
         return ring->fd;
+    ring->pid = getpid();
     ring->setup_flags = params.flags;
     ring->features = params.features;
     ring->sq_entries = params.sq_entries;
@@ -172,7 +173,7 @@ int ul_ring_open(ul_ring *ring, uint32_t sq_entries, uint32_t cq_entries, ul_rin
     /* A wait with requests in flight counts as I/O wait: an idle loop would show as a core at 100 % iowait. */
     ring->enter_flags = (params.features & UL_FEAT_NO_IOWAIT) ? UL_ENTER_NO_IOWAIT : 0;
 
-    int ret = -EOPNOTSUPP;
+    int ret = -EOPNOTSUPP, fd = ring->fd;
     *step = "io_uring features";
     if ((params.features & RING_FEATURES) == RING_FEATURES) {
         *step = "mmap of the io_uring";
@@ -182,17 +183,24 @@ int ul_ring_open(ul_ring *ring, uint32_t sq_entries, uint32_t cq_entries, ul_rin
             ret = self_test(ring);
         }
     }
-    if (ret < 0)
+    if (ret < 0) {
+        ring->fd = -1;
         ul_ring_close(ring);
+        close(fd); /* whatever it is, the kernel gave it to us a moment ago */
+    }
     return ret;
 }
 
+/* The application may have closed our descriptor (a daemon's closerange), and the number be another file by now. */
+static bool number_is_lost(int err) { return err == EBADF || err == EOPNOTSUPP; }
+
 void ul_ring_close(ul_ring *ring) {
-    if (ring->sqes_map)
+    bool mapped_here = ring->pid == getpid();
+    if (ring->sqes_map && mapped_here)
         munmap(ring->sqes_map, ring->sqes_size_bytes);
-    if (ring->rings_map)
+    if (ring->rings_map && mapped_here)
         munmap(ring->rings_map, ring->rings_size_bytes);
-    if (ring->fd >= 0)
+    if (ring->fd >= 0 && (syscall(SYS_io_uring_enter, ring->fd, 0, 0, 0, NULL, 0) >= 0 || !number_is_lost(errno)))
         close(ring->fd);
     ring->sqes_map = ring->rings_map = NULL;
     ring->fd = -1;
@@ -219,8 +227,12 @@ int ul_ring_enter(ul_ring *ring, uint32_t min_complete, int64_t timeout_ns) {
     __atomic_add_fetch(&ring->counts->enters, 1, __ATOMIC_RELAXED);
     long ret =
         syscall(SYS_io_uring_enter, ring->fd, to_submit, min_complete, flags, timed ? &arg : NULL, timed ? sizeof arg : 0);
-    if (ret < 0)
-        return -errno;
+    if (ret < 0) {
+        int err = errno;
+        if (number_is_lost(err))
+            ring->fd = -1;
+        return -err;
+    }
     __atomic_add_fetch(&ring->counts->sqes, (uint64_t)ret, __ATOMIC_RELAXED);
     return (int)ret;
 }

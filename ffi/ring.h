@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "uring_abi.h"
 
@@ -24,7 +25,8 @@ typedef struct ul_ring_counts {
 } ul_ring_counts;
 
 typedef struct ul_ring {
-    int fd;
+    int fd;               /* -1 when the number is not ours any more */
+    pid_t pid;            /* the process that mapped it: MADV_DONTFORK keeps the mapping out of its children */
     uint32_t setup_flags; /* the ladder step that worked */
     uint32_t features;
     uint32_t sq_entries, cq_entries;
@@ -45,11 +47,13 @@ typedef struct ul_ring {
 } ul_ring;
 
 /* Makes a ring and proves that it works. Tries the flags of kernel 6.6, then those of 6.1; -EINVAL after that means an older
- * kernel. Returns 0, or -errno with *step naming the refused step ("io_uring_setup", "mmap", "io_uring self-test"). */
+ * kernel. Returns 0, or -errno with *step naming the refused step ("io_uring_setup", "io_uring features", "mmap of the
+ * io_uring", "io_uring self-test"). */
 int ul_ring_open(ul_ring *ring, uint32_t sq_entries, uint32_t cq_entries, ul_ring_counts *counts, const char **step);
 
-/* Unmaps and closes. Any thread may call it once no other thread is inside ul_ring_enter. The kernel cancels what is in flight
- * and lets go of its files within milliseconds, since the mapping and the descriptor are the ring's only references. */
+/* Unmaps and closes; in a forked child it only closes. Any thread may call it once no other thread is inside ul_ring_enter.
+ * The kernel cancels what is in flight and lets go of its files within milliseconds, since the mapping and the descriptor are
+ * the ring's only references. */
 void ul_ring_close(ul_ring *ring);
 
 /* A zeroed entry to fill, or NULL when the queue is full (then ul_ring_enter makes room). */

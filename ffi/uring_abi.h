@@ -85,7 +85,6 @@ enum {
     UL_FEAT_NODROP = 1 << 1,
     UL_FEAT_SUBMIT_STABLE = 1 << 2,
     UL_FEAT_EXT_ARG = 1 << 8,
-    UL_FEAT_CQE_SKIP = 1 << 11,
     UL_FEAT_NO_IOWAIT = 1 << 17,
     UL_ENTER_GETEVENTS = 1 << 0,
     UL_ENTER_EXT_ARG = 1 << 3,

@@ -1,7 +1,7 @@
 """What every test shares: the three monitors, and the check that nothing is left behind.
 
-The promise: after each test no descriptor is leaked, no monitor is open and no child process is
-left, whatever the test was about.
+The promise: after each test no descriptor is leaked, no monitor is open and no request is in
+flight, whatever the test was about.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import uringloop
+from tests.support import polls_in_kernel, ring_files
 from uringloop import fdmon
 
 MONITORS = ("io_uring", "epoll", "poll")
@@ -87,7 +88,7 @@ def open_monitors() -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """Fails a test that leaks a descriptor, a monitor or a child."""
+    """Fails a test that leaks a descriptor, a ring, a monitor or a request."""
     gc.collect()
     files, monitors = open_files(), open_monitors()
     yield
@@ -95,3 +96,8 @@ def nothing_is_left_behind() -> Iterator[None]:
     leaked = {fd: target for fd, target in open_files().items() if files.get(fd) != target}
     assert not leaked, f"descriptors leaked: {leaked}"
     assert open_monitors() <= monitors, "a monitor was left open"
+    if monitors == 0:
+        assert len(ring_files()) <= len(fdmon._held), (
+            "a ring was leaked: more than one spare a thread"
+        )
+        assert polls_in_kernel() == 0, "a request is still in flight"

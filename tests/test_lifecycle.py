@@ -13,6 +13,7 @@ import gc
 import multiprocessing
 import os
 import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from tests.support import (
     EchoServer,
     become_nobody,
     echo_traffic,
+    files_that_are,
     in_thread,
     ring_files,
     ring_mappings,
@@ -880,3 +882,87 @@ def test_an_idle_loop_is_not_booked_as_waiting_for_io(loop: uringloop.EventLoop)
         idle = pressure_while(lambda time_s: loop.run_until_complete(asyncio.sleep(time_s)), bound)
         loop.remove_reader(ours)
     assert idle < bound
+
+
+# ---------------------------------------------------------------- numbers that are ours no more
+
+
+def close_after_the_number_was_taken(monitor: str) -> bool:
+    """Whether the application's file survives close(), after it got our descriptor's number."""
+    selector = uringloop.Selector(monitor)
+    left, right = socket.socketpair()
+    with left, right:
+        selector.register(left, selectors.EVENT_READ)
+        selector.select(0)
+        target = "anon_inode:[io_uring]" if monitor == "io_uring" else "anon_inode:[eventpoll]"
+        [ours] = files_that_are(target)
+        os.close(ours)
+        theirs = os.open(os.devnull, os.O_RDONLY)
+        assert theirs == ours
+        selector.close()
+        survives = os.path.samestat(os.fstat(theirs), os.stat(os.devnull))
+        os.close(theirs)
+    return survives
+
+
+@pytest.mark.parametrize("monitor", ["io_uring", "epoll"])
+def test_close_leaves_alone_a_number_that_is_the_applications_by_now(monitor: str) -> None:
+    assert run_child(close_after_the_number_was_taken, monitor).value is True
+
+
+def spare_after_the_number_was_taken() -> tuple[bool, str]:
+    uringloop.Selector("io_uring").close()
+    [spare] = files_that_are("anon_inode:[io_uring]")
+    os.close(spare)
+    theirs = os.open(os.devnull, os.O_RDONLY)
+    assert theirs == spare
+    with uringloop.Selector("auto") as selector:
+        name = selector.monitor
+    survives = os.path.samestat(os.fstat(theirs), os.stat(os.devnull))
+    os.close(theirs)
+    return survives, name
+
+
+def test_a_spare_ring_whose_number_is_the_applications_by_now_is_forgotten() -> None:
+    assert list(run_child(spare_after_the_number_was_taken).value) == [True, "io_uring"]
+
+
+def spare_beside_other_monitors() -> int:
+    uringloop.Selector("io_uring").close()
+    for monitor in ("epoll", "poll"):
+        uringloop.Selector(monitor).close()
+    return len(files_that_are("anon_inode:[io_uring]"))
+
+
+def test_loops_on_other_monitors_leave_the_spare_ring_alone() -> None:
+    assert run_child(spare_beside_other_monitors).value == 1
+
+
+EARLY_FORK_HANDLER = """
+import os
+held = []
+os.register_at_fork(after_in_child=lambda: [one.close() for one in held])
+import selectors, socket
+import uringloop  # its own handler runs after that one
+left, right = socket.socketpair()
+one = uringloop.Selector({monitor!r})
+one.register(left, selectors.EVENT_READ)
+one.select(0)
+held.append(one)
+child = os.fork()
+if child == 0:
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+right.send(b"x")
+[(key, _)] = one.select(5)
+print(status, key.fileobj is left)
+one.close()
+"""
+
+
+def test_a_child_may_close_a_selector_before_our_own_fork_handler_has_run(monitor: str) -> None:
+    code = EARLY_FORK_HANDLER.format(monitor=monitor)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert process.stdout.split() == ["0", "True"], process.stderr

@@ -1,7 +1,7 @@
 """`python -m uringloop`: the command line, doctor, demo and bench.
 
 It promises to start fast and to end in a sentence and an exit code, never in a traceback: a command
-imports what it needs only when it is chosen, so that doctor runs where nothing else can.
+imports what it needs only when it is chosen, so that doctor needs no third-party module but cffi.
 """
 
 from __future__ import annotations

@@ -209,6 +209,16 @@ def _advise_descriptors(here: Surroundings) -> Advice:
     )
 
 
+def _advise_other(number: int | None, here: Surroundings) -> Advice:
+    """For epoll and poll, which nothing forbids but limits and the odd sandbox."""
+    if number in (errno.EMFILE, errno.ENFILE):
+        return _advise_descriptors(here)
+    return Advice(
+        "memory ran out, or a sandbox denies what every Linux program uses",
+        "look at the sandbox's profile; without epoll a loop still runs on poll",
+    )
+
+
 def advise(number: int | None, here: Surroundings) -> Advice:
     """Name the likely cause of a refusal with this errno, on this machine, and the remedy."""
     match number:
@@ -246,7 +256,9 @@ def try_monitor(name: str, here: Surroundings) -> Trial:
     try:
         monitor = FDMon.create(name)
     except OSError as error:
-        advice = advise(error.errno, here)
+        advice = (
+            advise(error.errno, here) if name == "io_uring" else _advise_other(error.errno, here)
+        )
         return Trial(
             name,
             works=False,

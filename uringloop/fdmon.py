@@ -49,17 +49,23 @@ _KINDS: Final = {
     "poll": lib.UL_POLL,
 }
 
+#: What an errno means for any step,
 _CAUSES: Final = {
+    errno.ENOMEM: "RLIMIT_MEMLOCK or memory is used up",
+    errno.EMFILE: "RLIMIT_NOFILE is used up",
+    errno.ENFILE: "the system's table of open files is full",
+    errno.EBADF: "its descriptor was closed by the application",
+}
+#: and for a step of io_uring.
+_IO_URING_CAUSES: Final = {
     errno.EPERM: "kernel.io_uring_disabled or a seccomp profile",
     errno.EACCES: "a security module such as SELinux",
     errno.ENOSYS: "a kernel or a sandbox without io_uring",
     errno.EINVAL: "a kernel older than 6.1",
-    errno.ENOMEM: "RLIMIT_MEMLOCK or memory is used up",
-    errno.EMFILE: "RLIMIT_NOFILE is used up",
-    errno.ENFILE: "the system's table of open files is full",
     errno.EOPNOTSUPP: "a kernel or an emulator that does not carry it out",
-    errno.EBADF: "its descriptor was closed by the application",
 }
+#: Another file has the number by now.
+_LOST_NUMBER: Final = {("io_uring_enter", errno.EOPNOTSUPP), ("epoll_wait", errno.EINVAL)}
 
 _SETUP_FLAGS: Final = {
     1 << 12: "SINGLE_ISSUER",
@@ -126,8 +132,12 @@ def resolve_monitor(monitor: str | None) -> str:
 def describe_refusal(step: str, err: int) -> str:
     """One line that names a refused step, its errno and the likely cause."""
     cause = _CAUSES.get(err)
-    text = f"{step}: {errno.errorcode.get(err, str(err))}"
-    return f"{text} ({cause})" if cause else text
+    if (step, err) in _LOST_NUMBER:
+        cause = _CAUSES[errno.EBADF]
+    elif "io_uring" in step:
+        cause = _IO_URING_CAUSES.get(err, cause)
+    name = "EOPNOTSUPP" if err == errno.EOPNOTSUPP else errno.errorcode.get(err, str(err))
+    return f"{step}: {name} ({cause})" if cause else f"{step}: {name}"
 
 
 class _SpareRing(threading.local):
@@ -146,8 +156,8 @@ class _SpareRing(threading.local):
         return ring
 
     def keep(self, ring: CData) -> None:
-        lib.ul_ring_free(self.take())
-        self._ring.ring = ring
+        older, self._ring.ring = self._ring.ring, ring
+        lib.ul_ring_free(older)
 
 
 class _RingHandle:
@@ -163,8 +173,8 @@ class _RingHandle:
         free(self.ring)  # type: ignore[operator]
 
     def after_fork_in_child(self) -> None:
-        lib.ul_ring_free_in_child(self.ring)
-        self.ring = ffi.NULL
+        ring, self.ring = self.ring, ffi.NULL
+        lib.ul_ring_free(ring)  # which knows that its memory stayed with the parent
 
 
 class FDMon:
@@ -186,7 +196,8 @@ class FDMon:
         self.closed = True
         """Whether `close()` was called."""
         mon, info = ffi.new("ul_fdmon **"), ffi.new("ul_setup_info *")
-        ret = lib.ul_fdmon_new(_KINDS[requested], _spare.take(), mon, info)
+        spare = _spare.take() if requested in ("auto", "io_uring") else ffi.NULL
+        ret = lib.ul_fdmon_new(_KINDS[requested], spare, mon, info)
         if ret < 0:
             step = ffi.string(info.refused_step).decode() if info.refused_step else requested
             raise UringUnavailable(-ret, f"{describe_refusal(step, -ret)}: {os.strerror(-ret)}")
@@ -264,8 +275,6 @@ class FDMon:
             return ValueError("I/O operation on closed selector")
         if ret == -errno.EBUSY:
             return RuntimeError("another thread is already waiting on this selector")
-        if ret == -errno.ENOMEM:
-            return MemoryError("no memory for a watch")
         return OSError(-ret, os.strerror(-ret))
 
     # -- what it is --

@@ -112,7 +112,8 @@ class EventLoop(asyncio.SelectorEventLoop):
     async def start_tls(self, *args: Any, **kwargs: Any) -> Any:
         """As asyncio's; only how much is read at once differs."""
         transport: Any = await super().start_tls(*args, **kwargs)
-        transport._ssl_protocol.max_size = _READ_MAX_BYTES
+        if transport is not None:  # the connection was lost meanwhile
+            transport._ssl_protocol.max_size = _READ_MAX_BYTES
         return transport
 
 
@@ -120,9 +121,10 @@ def _set_nodelay(sock: Any) -> None:
     """Turns Nagle's algorithm off where asyncio does not.
 
     asyncio looks for IPPROTO_TCP, but a socket made by `socket.socket()`, and whatever it accepts,
-    has protocol 0. That is how uvicorn listens: 44 ms per response behind a delayed ACK. Test:
+    has protocol 0 (or 262, Multipath TCP). uvicorn listens so: 44 ms per response behind a delayed
+    ACK. Test:
     test_nagle_is_off_on_a_listener_made_without_a_protocol.
     """
-    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto == 0:
+    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto != socket.IPPROTO_TCP:
         with contextlib.suppress(OSError):  # the peer may be gone already; or it is not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

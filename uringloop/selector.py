@@ -38,9 +38,9 @@ class Selector(selectors._BaseSelectorImpl):
 
     Use it alone, or as `asyncio.SelectorEventLoop(uringloop.Selector())`. `monitor` is None or
     "auto" (the first that works), "io_uring", "epoll" or "poll"; see `uringloop.new_event_loop` for
-    errors. Timeouts are seconds, kept to the nanosecond and rounded up. Changes cost no system call
-    on io_uring; they travel with the next `select()`. Removing a watch that is armed in the kernel
-    enters at once, so that a `close()` right after it really closes.
+    errors. Timeouts are seconds, kept to the nanosecond and rounded up. On io_uring changes
+    travel to the kernel with the next `select()`. Removing a watch that is armed there enters at
+    once, so that a `close()` right after it really closes.
 
     `events_max` limits what one `select()` returns (None: everything that is ready); the rest is
     returned by the next ones, before the kernel is asked again.

@@ -53,13 +53,13 @@ long __wrap_syscall(long number, ...) {
     struct enter_call call = {a[0], (uint32_t)a[1], (uint32_t)a[2], (uint32_t)a[3], a[4], a[5]};
 
     setup_calls += number == SYS_io_uring_setup;
-    enter_calls += number == SYS_io_uring_enter;
+    enter_calls += number == SYS_io_uring_enter && call.flags;
     register_calls += number == SYS_io_uring_register;
     epoll_pwait2_calls += number == SYS_epoll_pwait2;
     long ret;
     if (number == SYS_io_uring_setup && on_setup)
         ret = on_setup((unsigned)a[0], (struct ul_params *)a[1]);
-    else if (number == SYS_io_uring_enter && on_enter)
+    else if (number == SYS_io_uring_enter && on_enter && call.flags) /* 0: only asks whether it is a ring */
         ret = on_enter(&call);
     else if (number == SYS_io_uring_register && on_register)
         ret = on_register();

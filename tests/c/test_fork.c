@@ -245,7 +245,7 @@ static void a_spare_ring_is_dropped_in_the_child_and_used_in_the_parent(enum ul_
     CHECK(spare != NULL);
     pid_t child = fork();
     if (child == 0) {
-        ul_ring_free_in_child(spare);
+        ul_ring_free(spare);
         CHECK(ul_fdmon_new(kind, NULL, &mon, &info) == 0);
         close_monitor(mon);
         _exit(child_result());

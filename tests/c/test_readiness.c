@@ -339,7 +339,7 @@ static void what_has_no_room_is_handed_over_later(enum ul_kind kind) {
     memset(reports, 0, sizeof reports); /* without dispatch: turns alone serve everybody in turn */
     for (int i = 0; i < 10; i++) {
         n = next_events(mon, out, 3, SOON);
-        CHECK(n == 3);
+        CHECK(n == (i % 4 == 3 ? 1 : 3)); /* the rest of a turn comes before anything new */
         for (int k = 0; k < n; k++)
             reports[out[k].fd]++;
     }
@@ -459,7 +459,7 @@ static void a_closed_monitor_answers_and_does_nothing(enum ul_kind kind) {
     ul_fdmon_free(mon);
     ul_fdmon_free(NULL);
     ul_ring_free(NULL);
-    ul_ring_free_in_child(NULL);
+    ul_ring_free(NULL);
     close_pair(pair);
 }
 

@@ -208,8 +208,7 @@ static long setup_without_feature(unsigned entries, struct ul_params *params) {
 
 static void a_missing_feature_is_a_refusal(enum ul_kind kind) {
     (void)kind;
-    static const uint32_t needed[] = {UL_FEAT_SINGLE_MMAP, UL_FEAT_NODROP, UL_FEAT_SUBMIT_STABLE, UL_FEAT_EXT_ARG,
-                                      UL_FEAT_CQE_SKIP};
+    static const uint32_t needed[] = {UL_FEAT_SINGLE_MMAP, UL_FEAT_NODROP, UL_FEAT_SUBMIT_STABLE, UL_FEAT_EXT_ARG};
     for (size_t i = 0; i < sizeof needed / sizeof needed[0]; i++) {
         believe_the_kernel();
         missing_feature = needed[i];
