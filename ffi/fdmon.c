@@ -78,8 +78,10 @@ static int grow_table(ul_fdmon *mon, int fd) {
     return 0;
 }
 
-static void push_ready(ul_fdmon *mon, int fd) {
+static void add_ready(ul_fdmon *mon, int fd, uint32_t events) {
     ul_watch *watch = &mon->watches[fd];
+    mon->ready_live += !watch->revents && events;
+    watch->revents |= (uint8_t)events;
     if (watch->on_ready || !watch->revents)
         return;
     watch->on_ready = true;
@@ -92,15 +94,13 @@ bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents) {
     ul_watch *watch = &mon->watches[fd];
     revents &= ul_poll_mask(watch->events) | POLLERR | POLLHUP;
     uint32_t events = ((revents & ~(uint32_t)POLLOUT) ? UL_READ : 0) | ((revents & ~(uint32_t)POLLIN) ? UL_WRITE : 0);
-    watch->revents |= (uint8_t)(events & watch->events);
-    push_ready(mon, fd);
+    add_ready(mon, fd, events & watch->events);
     return events & watch->events;
 }
 
 void ul_fdmon_park(ul_fdmon *mon, int fd) {
     mon->watches[fd].parked = true;
-    mon->watches[fd].revents = mon->watches[fd].events;
-    push_ready(mon, fd);
+    add_ready(mon, fd, mon->watches[fd].events);
 }
 
 int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
@@ -113,6 +113,7 @@ int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
             out[n].fd = fd;
             out[n++].events = watch->revents;
             watch->revents = 0;
+            mon->ready_live--;
         }
     }
     return n;
@@ -202,7 +203,7 @@ int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
         if (mon->eventfd >= 0)
             close(mon->eventfd);
         mon->eventfd = -1;
-        mon->watches_live = 0;
+        mon->watches_live = mon->ready_live = 0;
         mon->closed = true;
     }
     pthread_mutex_unlock(&mon->lock);
@@ -283,13 +284,13 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
     watch->revents = 0;
     watch->parked = watch->edge = false;
     ret = mon->ops->update(mon, fd, before.parked ? 0 : before.events); /* epoll does not have a parked one */
-    watch = &mon->watches[fd];
     if (ret < 0 && events) {
         *watch = before;
         return ret;
     }
     mon->watches_live += (events != 0);
     mon->watches_live -= (before.events != 0);
+    mon->ready_live -= (before.revents != 0);
     return 0;
 }
 
@@ -321,19 +322,18 @@ static int wait_or_downgrade(ul_fdmon *mon, int64_t timeout_ns) {
 
 int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max) {
     pthread_mutex_lock(&mon->lock);
-    int ret = mon->closed ? -EBADF : -EBUSY;
-    if (!mon->closed && !mon->waiting) {
+    int ret = mon->closed ? -EBADF : mon->waiting ? -EBUSY : 0;
+    if (ret == 0) {
         mon->turns++;
         renew(mon);
-        ret = mon->ops->dispatch(mon, out, out_max); /* what the last turn had no room for */
-        if (ret == 0) {
+        if (mon->ready_live == 0 || mon->ready_live < (size_t)out_max) { /* else the rest of earlier turns fills this one */
             forget_wanted_turn(mon);
-            if (timeout_ns != 0 || mon->ops->need_wait(mon))
-                ret = wait_or_downgrade(mon, timeout_ns);
-            if (ret >= 0)
-                ret = mon->ops->dispatch(mon, out, out_max);
+            timeout_ns = mon->ready_live ? 0 : timeout_ns;
+            ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? wait_or_downgrade(mon, timeout_ns) : 0;
         }
-        if (!ul_fd_list_empty(&mon->pending) || !ul_fd_list_empty(&mon->ready))
+        if (ret >= 0)
+            ret = mon->ops->dispatch(mon, out, out_max);
+        if (!ul_fd_list_empty(&mon->pending) || mon->ready_live)
             ul_fdmon_want_turn(mon);
         if (ret >= 0 && mon->downgrade_unreported) {
             mon->downgrade_unreported = false;
@@ -353,7 +353,7 @@ int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max) {
 
 bool ul_fdmon_need_wait(ul_fdmon *mon) {
     pthread_mutex_lock(&mon->lock);
-    bool need = !mon->closed && (mon->stale || !ul_fd_list_empty(&mon->ready) || mon->ops->need_wait(mon));
+    bool need = !mon->closed && (mon->stale || mon->ready_live > 0 || mon->ops->need_wait(mon));
     pthread_mutex_unlock(&mon->lock);
     return need;
 }

@@ -80,7 +80,7 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
 /* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all) and stores up to out_max ready
- * descriptors, each once. What there was no room for is handed over by the next turns, before the kernel is asked again.
+ * descriptors, each once. What there was no room for is handed over by the next turns, before anything new.
  * Returns their number, perhaps | UL_DOWNGRADED. 0 before the timeout means "interrupted, ask again": the caller looks after
  * signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
 int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max);
@@ -159,6 +159,7 @@ struct ul_fdmon {
     size_t watches_cap, watches_live;
     ul_fd_list pending; /* io_uring: to be (re-)armed in the next enter */
     ul_fd_list ready;   /* collected, to be dispatched */
+    size_t ready_live;  /* those of them that were not removed or changed since */
 
     ul_ring *ring;
     pthread_t ring_owner;

@@ -402,7 +402,7 @@ static int wait_in_this_thread(ul_fdmon *mon, int64_t timeout_ns) {
     if (err < 0)
         return err;
     /* Waiting for one completion with timeout 0 costs 20 us (a timer and a schedule); not waiting at all, 0.2 us. */
-    if (timeout_ns == 0 || ul_ring_peek(mon->ring) || !ul_fd_list_empty(&mon->ready)) {
+    if (timeout_ns == 0 || ul_ring_peek(mon->ring) || mon->ready_live > 0) {
         bool idle = ul_ring_unsubmitted(mon->ring) == 0 && !ul_ring_has_work(mon->ring);
         return idle ? 0 : enter_and_drain(mon);
     }

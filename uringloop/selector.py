@@ -43,7 +43,7 @@ class Selector(selectors._BaseSelectorImpl):
     once, so that a `close()` right after it really closes.
 
     `events_max` limits what one `select()` returns (None: everything that is ready); the rest is
-    returned by the next ones, before the kernel is asked again.
+    returned by the next ones, before anything new.
 
     Not thread-safe, like every selector; a call from a wrong thread does no damage but does not
     wake a `select()` either.
