@@ -146,6 +146,10 @@ async def test_leaks():
     left, right = socket.socketpair()
     await asyncio.open_connection(sock=left)
     right.detach()
+
+def test_that_collects_it():
+    import gc
+    gc.collect()
 """
     if not has_hook():
         pytest.skip("this pytest-asyncio has no pytest_asyncio_loop_factories")
