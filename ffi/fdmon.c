@@ -228,7 +228,7 @@ static void downgrade(ul_fdmon *mon, int err) {
     ul_fdmon_want_turn(mon);
 }
 
-/* Makes the kernel objects again after a fork or a drop. Asked for by every verb that needs them. */
+/* Makes the kernel objects again after a fork. Asked for by every verb that needs them. */
 static void renew(ul_fdmon *mon) {
     if (!mon->stale)
         return;

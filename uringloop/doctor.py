@@ -20,13 +20,13 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from uringloop import __version__, new_event_loop
+from uringloop import __version__, fdmon, new_event_loop
 from uringloop.fdmon import FDMon
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-MONITORS = ("io_uring", "epoll", "poll")
+MONITORS = fdmon.MONITORS[1:]  # each by itself: all but "auto"
 OLDEST_KERNEL = "6.1"
 EPOLL_IS_FINE = (
     "Most production containers deny io_uring; epoll is fully supported there, with the same "
