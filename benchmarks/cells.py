@@ -1,10 +1,13 @@
-"""What is measured: the cells (mode, message size, connections) of a full and of a quick run."""
+"""What is measured: the cells (mode, message size, connections) of a full and of a quick run.
 
+The promise: full() has every cell that the targets name.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 KIB = 1024
-ECHO_MODES = ("raw", "buffered", "streams", "sock")
 HTTP_MODES = ("uvicorn-httptools", "uvicorn-h11", "aiohttp")
 HTTP_CONNECTIONS = 50
 
@@ -44,16 +47,20 @@ class Cell:
         return self.mode if self.mode in ("tls", "udp", "churn") else "tcp"
 
 
+def product(modes: Sequence[str], sizes: Sequence[int], connections: Sequence[int]) -> list[Cell]:
+    return [Cell(mode, size * KIB, n) for mode in modes for size in sizes for n in connections]
+
+
+# The cells that the targets are set for, see targets.py.
+ECHO_TARGETS = product(("raw", "buffered", "streams"), (1, 10, 100), (1, 10, 100, 1000))
+
+# A turn of a thousand connections is the longest; large messages make the longest system calls.
+GIL_LOADS = (Cell("raw", KIB, 100), Cell("raw", KIB, 1000), Cell("raw", 100 * KIB, 100))
+
+
 def full() -> list[Cell]:
-    sizes = (1 * KIB, 10 * KIB, 100 * KIB)
-    cells = [
-        Cell(mode, size, connections)
-        for mode in ECHO_MODES
-        for size in sizes
-        for connections in (1, 10, 100, 1000)
-    ]
-    cells += [Cell("tls", size, connections) for size in sizes for connections in (10, 100)]
-    cells += [Cell("udp", KIB, connections) for connections in (1, 10, 100)]
+    cells = ECHO_TARGETS + product(("sock",), (1, 100), (10, 100))
+    cells += product(("tls",), (1, 100), (10, 100)) + product(("udp",), (1,), (10, 100))
     cells += [Cell("udp", 10 * KIB, 10), Cell("churn", KIB, 10), Cell("churn", KIB, 100)]
     # A response has the size of the application's body; the size of the cell is not used.
     return cells + [Cell(mode, 0, HTTP_CONNECTIONS) for mode in HTTP_MODES]

@@ -499,7 +499,7 @@ static unsigned starved(void) {
 }
 
 static void measure(void) {
-    int64_t server, waited, self, start;
+    int64_t server, waited, self, start, length;
 
     start_load();
     run_until(now_ns() + (int64_t)(options.warmup_s * 1e9));
@@ -509,19 +509,20 @@ static void measure(void) {
     start = now_ns();
     measuring = true;
     run_until(start + (int64_t)(options.window_s * 1e9));
-    start = now_ns() - start;
+    length = now_ns() - start;
     self = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - self;
     server = server_cpu_ns() - server;
     waited = server_wait_ns() - waited;
     measuring = false;
     come_home();
     printf(
-        "{\"requests\": %lu, \"total\": %lu, \"seconds\": %.6f, \"client_cpu_s\": %.6f, \"server_cpu_s\": %.6f, "
+        "{\"requests\": %lu, \"total\": %lu, \"started_s\": %.6f, \"seconds\": %.6f, \"client_cpu_s\": %.6f, \"server_cpu_s\": "
+        "%.6f, "
         "\"server_wait_s\": %.6f, \"p50_us\": %.1f, \"p90_us\": %.1f, \"p99_us\": %.1f, \"mismatches\": %lu, \"errors\": %lu, "
         "\"resends\": %lu, \"duplicates\": %lu, \"starved\": %u, \"reason\": \"%s\"}\n",
-        tally.requests, tally.total, (double)start / 1e9, (double)self / 1e9, (double)server / 1e9, (double)waited / 1e9,
-        percentile_us(0.5), percentile_us(0.9), percentile_us(0.99), tally.mismatches, tally.errors, tally.resends,
-        tally.duplicates, starved(), tally.reason);
+        tally.requests, tally.total, (double)start / 1e9, (double)length / 1e9, (double)self / 1e9, (double)server / 1e9,
+        (double)waited / 1e9, percentile_us(0.5), percentile_us(0.9), percentile_us(0.99), tally.mismatches, tally.errors,
+        tally.resends, tally.duplicates, starved(), tally.reason);
 }
 
 static void usage(const char *why) {

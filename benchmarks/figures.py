@@ -134,5 +134,23 @@ def mean(
             values.append(mine.ratios[metric][other].middle)
     if not values:
         return None
-    product = math.exp(sum(map(math.log, values)) / len(values))
-    return Mean(product, min(values), max(values), len(values))
+    return Mean(geometric_mean(values), min(values), max(values), len(values))
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def micro_ratio(results: Results, operation: str, loop: str, other: str) -> Ratio | None:
+    """How many times as fast as the other an in-process operation is, per CPU second."""
+    cpu_ns: dict[tuple[str, int], float] = {
+        (record["loop"], record["round"]): record["cpu_ns"][operation]
+        for record in results["micro"]
+        if "failure" not in record
+    }
+    values = [
+        theirs / mine
+        for (name, number), mine in cpu_ns.items()
+        if name == loop and (theirs := cpu_ns.get((other, number)))
+    ]
+    return Ratio(median(values), min(values), max(values)) if values else None

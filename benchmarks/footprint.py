@@ -1,24 +1,30 @@
-"""What a loop costs beside throughput: idle CPU, memory per connection, system calls per request.
+"""What a loop costs beside throughput: idle CPU, memory, waits for the GIL, calls, instructions.
 
-Each figure is taken once per loop; the promise: it is read from the kernel, not from the loop,
-and the loop's own count of enters (where it has one) stands beside strace's.
+Each figure is taken once per loop; the promise: it is read from outside the loop (kernel, strace,
+valgrind, another thread), and the loop's own count of enters, where it has one, beside strace's.
 """
 
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
+import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cells import KIB, Cell
+from benchmarks.cells import GIL_LOADS, KIB, Cell
 from benchmarks.host import Child, ChildError, Host, cpu_seconds, read_text
 from benchmarks.load import Times, apply_load
 
-IDLE_CONNECTIONS = 500
+IDLE_CONNECTIONS = 10_000
+QUICK_CONNECTIONS = 1000
+RESET = struct.pack("ii", 1, 0)  # close() resets: no port of a closed connection waits for a minute
+CALLBACKS = (10_000, 50_000)
 LOAD = Cell("raw", KIB, 10)
 SHOWN_CALLS = 6
 
@@ -55,6 +61,7 @@ def connect(stack: contextlib.ExitStack, port: int, n: int) -> None:
     """n connections that have exchanged one message and are kept open by the stack."""
     for _ in range(n):
         sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         sock.sendall(b"x" * KIB)
         left = KIB
         while left:
@@ -71,14 +78,55 @@ def resident_bytes(pid: int) -> int:
     return int(read_text(f"/proc/{pid}/statm").split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def memory(host: Host, loop: str, mode: str) -> float:
-    """Growth of the resident set per idle connection, after a first ten have warmed it up."""
+def memory(host: Host, loop: str, mode: str, wanted: int) -> dict[str, float]:
+    """Resident set per idle connection: the whole, and its growth after ten have warmed it up."""
+    n = min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
     server, port = start(host, loop, mode)
     with server, contextlib.ExitStack() as stack:
         connect(stack, port, 10)
         before = resident_bytes(server.pid)
-        connect(stack, port, IDLE_CONNECTIONS)
-        return (resident_bytes(server.pid) - before) / IDLE_CONNECTIONS
+        connect(stack, port, n - 10)
+        whole = resident_bytes(server.pid)
+    return {"connections": n, "growth": (whole - before) / (n - 10), "whole": whole / n}
+
+
+def gil_wait(host: Host, loop: str, cell: Cell, seconds: float) -> dict[str, float | bool]:
+    """The waits (see gil.py) that ended within the client's window."""
+    probe = ("--gil-probe", host.nap, str(host.client_core))
+    with host.python("servers", loop, cell.server, *probe) as server:
+        port = json.loads(server.read_line())["port"]
+        window = apply_load(host, server, port, cell, Times(0.2, seconds))
+        server.process.send_signal(signal.SIGUSR2)
+        found = json.loads(server.read_line())
+    begin_ns = window["started_s"] * 1e9
+    end_ns = begin_ns + window["seconds"] * 1e9
+    us = sorted(wait / 1e3 for at, wait in found["samples"] if begin_ns <= at <= end_ns)
+    if not us:
+        raise ChildError("the other thread never had the GIL")
+    percentiles = {"p50_us": us[len(us) // 2], "p99_us": us[len(us) * 99 // 100], "max_us": us[-1]}
+    return percentiles | {"samples": len(us), "real_time": found["real_time"]}
+
+
+def instructions(host: Host, loop: str) -> float:
+    """Per call_soon() and its callback, by callgrind: the difference of two counts over theirs."""
+    valgrind = shutil.which("valgrind")
+    if not valgrind:
+        raise ChildError("skipped: valgrind is missing")
+    totals = []
+    for count in CALLBACKS:
+        micro = ["-m", "benchmarks.micro", loop, "--timers", "0", "--only", "call_soon"]
+        tool = [valgrind, "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+        argv = [*tool, sys.executable, *micro, "--count", str(count)]
+        with Child(argv, host.server_core) as child:
+            child.read_line(60)
+            child.process.wait(20)
+            words = [line.split() for line in child.error_text().splitlines()]
+        counts = [int(w[3]) for w in words if w[1:3] == ["Collected", ":"]]
+        if not counts:
+            raise ChildError("skipped: valgrind counted nothing")
+        totals.append(counts[0])
+    # micro.measure() runs a tenth more, to warm up.
+    return (totals[1] - totals[0]) / (1.1 * (CALLBACKS[1] - CALLBACKS[0]))
 
 
 def parse_strace(text: str) -> dict[str, int]:
@@ -116,7 +164,7 @@ def await_tracer(pid: int) -> None:
         if "TracerPid:\t0" not in read_text(f"/proc/{pid}/status"):
             return
         time.sleep(0.01)
-    raise ChildError("strace may not attach here")
+    raise ChildError("skipped: strace may not attach here")
 
 
 def enter_count(server: Child) -> int | None:
@@ -145,14 +193,21 @@ def catches_usr1(pid: int) -> bool:
     return False
 
 
-def measure(host: Host, loop: str, seconds: float) -> dict[str, Any]:
+def measure(host: Host, loop: str, quick: bool) -> dict[str, Any]:
     """All rows of one loop; a row that cannot be had is a text that says why."""
+    seconds = 0.5 if quick else 2.0
+    connections = QUICK_CONNECTIONS if quick else IDLE_CONNECTIONS
     rows: dict[str, Callable[[], object]] = {
         "idle": lambda: idle(host, loop),
-        "rss_raw_bytes": lambda: memory(host, loop, "raw"),
-        "rss_streams_bytes": lambda: memory(host, loop, "streams"),
+        "rss raw": lambda: memory(host, loop, "raw", connections),
+        "rss streams": lambda: memory(host, loop, "streams", connections),
+        **{
+            f"gil {cell.name}": lambda cell=cell: gil_wait(host, loop, cell, seconds)  # type: ignore[misc]
+            for cell in GIL_LOADS[: 1 if quick else None]
+        },
         "system_calls": lambda: system_calls(host, loop, seconds),
         "enters": lambda: enters(host, loop, seconds),
+        "instructions": lambda: instructions(host, loop),
     }
     found: dict[str, Any] = {}
     for name, row in rows.items():

@@ -37,7 +37,7 @@ def read_text(path: str, default: str = "") -> str:
         return default
 
 
-def raise_limits(files: int = 8192) -> None:
+def raise_limits(files: int = 12000) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files if hard == resource.RLIM_INFINITY else min(files, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
@@ -134,19 +134,20 @@ class Host:
     def __init__(self, scratch: str) -> None:
         self.scratch = pathlib.Path(scratch)
         self.server_core, self.client_core = two_cores()
-        self.client = self.compile_client()
+        self.client = self.compile("client.c", "client", "-ldl")
+        self.nap = self.compile("nap.c", "nap.so", "-shared", "-fPIC")
         self.certificate = self.make_certificate()
 
-    def compile_client(self) -> str:
-        program = str(self.scratch / "client")
-        source = str(pathlib.Path(__file__).with_name("client.c"))
+    def compile(self, source: str, target: str, *flags: str) -> str:
+        to = str(self.scratch / target)
+        path = str(pathlib.Path(__file__).with_name(source))
         compiler = os.environ.get("CC", "cc").split()
-        command = [*compiler, "-O2", "-Wall", "-Wextra", "-o", program, source, "-ldl"]
         try:
+            command = [*compiler, "-O2", "-Wall", "-Wextra", "-o", to, path, *flags]
             subprocess.run(command, check=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
             sys.exit(f"the load client needs a C compiler (cc, or $CC): {error}")
-        return program
+        return to
 
     def make_certificate(self) -> str | None:
         """A self-signed P-256 certificate and its key, one file; None without openssl."""

@@ -1,12 +1,15 @@
 """The loops under test, in one table: a loop is added by one line and nothing else.
 
 A name is all that crosses a process border: every measured process builds its loop with make().
+A name may carry settings, "uringloop-epoll send=now recv_bytes=65536": the environment variables
+URINGLOOP_SEND and URINGLOOP_RECV_BYTES of the processes that measure this entry.
 """
 
 import asyncio
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ OURS = "uringloop"
 BASE = "asyncio"
 RIVAL = "uvloop"
 RIVAL_AGAIN = "uvloop-again"
+SETTINGS = ("send", "recv_bytes")
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,41 @@ LOOPS = {
     RIVAL: Loop("uvloop:new_event_loop", "uvloop"),
     RIVAL_AGAIN: Loop("uvloop:new_event_loop", "uvloop"),
     "rloop": Loop("rloop:new_event_loop", "rloop"),
+    # zuvloop needs Python 3.14, rsloop's wheels glibc 2.39.
+    "zuvloop": Loop("zuvloop:new_event_loop", "zuvloop"),
+    "rsloop": Loop("rsloop:new_event_loop", "rsloop"),
     "uringloop-io_uring": Loop("uringloop:new_event_loop", "uringloop", {"monitor": "io_uring"}),
     "uringloop-epoll": Loop("uringloop:new_event_loop", "uringloop", {"monitor": "epoll"}),
     "uringloop-poll": Loop("uringloop:new_event_loop", "uringloop", {"monitor": "poll"}),
 }
 
+# poll is epoll's code path with another system call: to be asked for by name.
+DEFAULT = [name for name in LOOPS if name != "uringloop-poll"]
 
-def make(name: str) -> asyncio.AbstractEventLoop:
-    """A new event loop of that name; what goes wrong is raised as it is."""
-    loop = LOOPS[name]
+
+def find(name: str) -> Loop:
+    """The entry of that name, whatever its settings; ValueError tells a user what is wrong."""
+    base, *settings = name.split(" ")
+    if base not in LOOPS:
+        raise ValueError(f"no such loop: {base}; known: {', '.join(LOOPS)}")
+    if wrong := [setting for setting in settings if setting.partition("=")[0] not in SETTINGS]:
+        raise ValueError(f"{name}: no such setting: {wrong[0]}; known: {', '.join(SETTINGS)}")
+    return LOOPS[base]
+
+
+def make(name: str) -> Any:
+    """A new event loop of that name, not always an AbstractEventLoop; what goes wrong is raised."""
+    loop = find(name)
+    for setting in name.split(" ")[1:]:
+        key, _, value = setting.partition("=")
+        os.environ[f"{OURS.upper()}_{key.upper()}"] = value
     module, _, attribute = loop.factory.partition(":")
-    made = getattr(importlib.import_module(module), attribute)(**loop.arguments)
-    assert isinstance(made, asyncio.AbstractEventLoop), made
-    return made
+    return getattr(importlib.import_module(module), attribute)(**loop.arguments)
 
 
 def version(name: str) -> str:
     """The version of the distribution, else of the module; stock asyncio has Python's."""
-    loop = LOOPS[name]
+    loop = find(name)
     if not loop.distribution:
         return platform.python_version()
     try:

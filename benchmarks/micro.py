@@ -115,13 +115,20 @@ def timers(loop: asyncio.AbstractEventLoop, samples: int) -> dict[str, dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("loop", choices=loops.LOOPS)
+    parser.add_argument("loop")
     parser.add_argument("--timers", type=int, default=50, help="samples per delay")
+    parser.add_argument("--only", choices=OPERATIONS, help="this operation alone")
+    parser.add_argument("--count", type=int, help="of operations, default: each its own")
     options = parser.parse_args()
     loop = loops.make(options.loop)
-    asyncio.set_event_loop(loop)
-    cpu_ns = {name: measure(loop, *OPERATIONS[name]) for name in OPERATIONS}
-    result: dict[str, Any] = {"cpu_ns": cpu_ns, "timers": timers(loop, options.timers)}
+    cpu_ns = {
+        name: measure(loop, operation, options.count or n)
+        for name, (operation, n) in OPERATIONS.items()
+        if options.only in (None, name)
+    }
+    result: dict[str, Any] = {"cpu_ns": cpu_ns, "timers": {}}
+    if options.timers:
+        result["timers"] = timers(loop, options.timers)
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
     print(json.dumps(result))

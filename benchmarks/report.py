@@ -13,9 +13,20 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from benchmarks.cells import TITLES
-from benchmarks.figures import METRICS, Figures, Mean, Ratio, Results, by_cell, mean, modes
-from benchmarks.loops import BASE, RIVAL, RIVAL_AGAIN
+from benchmarks import targets
+from benchmarks.cells import GIL_LOADS, TITLES
+from benchmarks.figures import (
+    METRICS,
+    Figures,
+    Mean,
+    Ratio,
+    Results,
+    by_cell,
+    mean,
+    micro_ratio,
+    modes,
+)
+from benchmarks.loops import BASE, OURS, RIVAL, RIVAL_AGAIN
 
 Cells = dict[str, dict[str, Figures]]
 LEGEND = f"""\
@@ -116,6 +127,22 @@ def label(cell: str) -> str:
     return f"{connections} connections" if size == "0KiB" else f"{size} x {connections}"
 
 
+def target_tables(results: Results, cells: Cells) -> list[str]:
+    """Versions stand in the heads: this table is read without the rest."""
+    loops = {name: v["version"] for name, v in results["loops"].items() if "missing" not in v}
+    if RIVAL not in loops:
+        return []
+    names = [name for name in loops if name.startswith(OURS)]
+    names += [name for name in loops if name not in names]
+    head = ["target", *(f"{name} {loops[name]}" for name in names)]
+    lines = ["## Targets", ""]
+    rows = targets.rows(results, cells, names)
+    lines += table(["row", *head], (row.texts(names) for row in rows))
+    singles = targets.single_cells(cells, names)
+    lines += table(["cell", *head], (row.texts(names) for row in singles)) if singles else []
+    return [*lines, (targets.__doc__ or "").partition("\n\n")[2]]
+
+
 def mode_tables(results: Results, cells: Cells, mode: str, names: list[str]) -> list[str]:
     loops = list(results["loops"])
     first = f"{BASE}, absolute (CPU server/client)" if BASE in loops else ""
@@ -194,22 +221,20 @@ def micro_tables(results: Results) -> list[str]:
     lines = ["## In one process", ""]
     failed = {f"- {r['loop']}: **{r['failure']}**" for r in results["micro"] if "failure" in r}
     if good:
-        lines += operation_table(list(records), good) + timer_table(list(records), good)
+        lines += operation_table(results, good) + timer_table(list(records), good)
     return [*lines, *sorted(failed), ""] if failed else lines
 
 
-def operation_table(loops: list[str], good: dict[str, list[dict[str, Any]]]) -> list[str]:
+def operation_table(results: Results, good: dict[str, list[dict[str, Any]]]) -> list[str]:
+    loops = list(results["loops"])
+
     def text(loop: str, operation: str) -> str:
         if loop not in good:
             return "missing"
-        mine = {r["round"]: r["cpu_ns"][operation] for r in good[loop]}
-        ratios: list[float | None] = []
-        for other in (BASE, RIVAL):
-            theirs = {r["round"]: r["cpu_ns"][operation] for r in good.get(other, [])}
-            faster = [theirs[n] / mine[n] for n in mine if n in theirs]
-            ratios.append(median(faster) if faster else None)
-        low, high = min(mine.values()), max(mine.values())
-        return f"{median(mine.values()):.0f} ({low:.0f}-{high:.0f}); {ratio_text(ratios, None)}"
+        mine = [record["cpu_ns"][operation] for record in good[loop]]
+        found = [micro_ratio(results, operation, loop, other) for other in (BASE, RIVAL)]
+        ratios = ratio_text([r.middle if r else None for r in found], None)
+        return f"{median(mine):.0f} ({min(mine):.0f}-{max(mine):.0f}); {ratios}"
 
     operations = next(iter(good.values()))[0]["cpu_ns"]
     rows = [[operation, *(text(loop, operation) for loop in loops)] for operation in operations]
@@ -233,10 +258,18 @@ def timer_table(loops: list[str], good: dict[str, list[dict[str, Any]]]) -> list
 def footprint_table(results: Results) -> list[str]:
     formats = {
         "idle": ("idle second: CPU ms, wake-ups", idle_text),
-        "rss_raw_bytes": ("RSS per idle connection, Protocol", lambda n: f"{n:,.0f} B"),
-        "rss_streams_bytes": ("RSS per idle connection, streams", lambda n: f"{n:,.0f} B"),
+        "rss raw": ("RSS per idle connection, Protocol: growth (whole process)", rss_text),
+        "rss streams": ("RSS per idle connection, streams: growth (whole process)", rss_text),
+        **{
+            f"gil {cell.name}": (
+                f"another thread's wait for the GIL under {cell.name}: p50 / p99 / max, us",
+                gil_text,
+            )
+            for cell in GIL_LOADS
+        },
         "system_calls": ("system calls per request (strace, 1 KiB x 10)", calls_text),
-        "enters": ("enters per request by statistics(), not traced", lambda n: f"{n:.3f}"),
+        "enters": ("enters per request by statistics(), not traced", "{:.3f}".format),
+        "instructions": ("instructions per call_soon() and callback", "{:,.0f}".format),
     }
     found = results["footprint"]
     rows = []
@@ -245,6 +278,14 @@ def footprint_table(results: Results) -> list[str]:
         texts = [v if isinstance(v, str) else "-" if v is None else show(v) for v in values]
         rows.append([title, *texts])
     return ["## Footprint", "", *table(["", *results["loops"]], rows)]
+
+
+def rss_text(found: dict[str, float]) -> str:
+    return f"{found['growth']:,.0f} B ({found['whole']:,.0f} B) of {found['connections']:,}"
+
+
+def gil_text(found: dict[str, float]) -> str:
+    return f"{found['p50_us']:,.0f} / {found['p99_us']:,.0f} / {found['max_us']:,.0f}"
 
 
 def idle_text(found: dict[str, float]) -> str:
@@ -260,7 +301,7 @@ def calls_text(found: dict[str, float]) -> str:
 
 def markdown(results: Results) -> str:
     cells = by_cell(results)
-    lines = ["# Benchmark", "", *heading(results)]
+    lines = ["# Benchmark", "", *heading(results), *target_tables(results, cells)]
     if cells:
         lines += [*summary(results, cells), LEGEND, "## By cell", ""]
     for mode, names in modes(cells).items():

@@ -25,15 +25,17 @@ Results = dict[str, Any]
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="11 cells, 2 rounds: two minutes")
-    parser.add_argument("--loops", default=",".join(loops.LOOPS), help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="11 cells, 2 rounds: four minutes")
+    parser.add_argument("--loops", default=",".join(loops.DEFAULT), help="default: %(default)s")
     parser.add_argument("--cells", help='patterns, e.g. "raw/*,streams/1KiB/100"; "none" for none')
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
     parser.add_argument("--window", type=float, default=0.3, help="seconds per sample")
     parser.add_argument("--warmup", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=None, help="of the order of the loops")
     parser.add_argument("--no-micro", action="store_true", help="leave out the in-process rows")
-    parser.add_argument("--no-footprint", action="store_true", help="leave out idle, RSS, strace")
+    parser.add_argument(
+        "--no-footprint", action="store_true", help="leave out idle, RSS, GIL, strace, callgrind"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE", help="markdown")
     parser.add_argument("--chart", type=pathlib.Path, metavar="FILE.svg")
@@ -41,8 +43,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.chart and not importlib.util.find_spec("matplotlib"):
         parser.error("--chart needs matplotlib")
     options.loops = options.loops.split(",")
-    if unknown := set(options.loops) - set(loops.LOOPS):
-        parser.error(f"no such loop: {', '.join(sorted(unknown))}; known: {', '.join(loops.LOOPS)}")
+    try:
+        for name in options.loops:
+            loops.find(name)
+    except ValueError as error:
+        parser.error(str(error))
     options.rounds = options.rounds or (2 if options.quick else 5)
     options.seed = random.randrange(1 << 32) if options.seed is None else options.seed
     patterns = options.cells.split(",") if options.cells else cells.QUICK if options.quick else "*"
@@ -97,7 +102,7 @@ def run_micro(host: Host, options: argparse.Namespace, names: list[str], results
 def run_footprint(host: Host, options: argparse.Namespace, names: list[str], out: Results) -> None:
     for name in names:
         say(f"footprint of {name}")
-        out["footprint"][name] = footprint.measure(host, name, 0.5 if options.quick else 2.0)
+        out["footprint"][name] = footprint.measure(host, name, options.quick)
 
 
 def measure(host: Host, options: argparse.Namespace, results: Results) -> None:
@@ -136,7 +141,7 @@ def run(options: argparse.Namespace) -> Results:
 
 
 def our_failures(results: Results) -> list[str]:
-    """What makes the run fail: our loop answered wrongly or fired a timer early."""
+    """What makes the run fail: our loop failed, answered wrongly or fired a timer early."""
     wrong = [
         f"{record['loop']} {record.get('cell', 'in-process')}: {record['failure']}"
         for record in results["samples"] + results["micro"]
@@ -152,7 +157,14 @@ def our_failures(results: Results) -> list[str]:
         for delay, row in record.get("timers", {}).items()
         if row["early"]
     ]
-    return sorted(set(wrong + early))
+    unmeasured = [
+        f"{name}, {key}: {value}"
+        for name, rows in results["footprint"].items()
+        if name.startswith(loops.OURS)
+        for key, value in rows.items()
+        if isinstance(value, str) and not value.startswith("skipped:")
+    ]
+    return sorted({*wrong, *early, *unmeasured})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

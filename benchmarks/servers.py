@@ -220,13 +220,18 @@ async def serve(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("loop", choices=loops.LOOPS)
+    parser.add_argument("loop")
     parser.add_argument("mode", choices=SERVERS)
     parser.add_argument("--certificate", help="PEM file with key and certificate, for mode tls")
+    parser.add_argument("--gil-probe", nargs=2, metavar=("LIBRARY", "CORE"), help="see gil.py")
     options = parser.parse_args()
     signal.alarm(LIFE_LIMIT_S)
+    if options.gil_probe:
+        from benchmarks import gil
+
+        library, core = options.gil_probe
+        gil.start_probe(library, int(core))
     loop = loops.make(options.loop)
-    asyncio.set_event_loop(loop)
     loop.run_until_complete(serve(options))
 
 
