@@ -31,8 +31,8 @@ BIN := $(VENV)/bin
 MADE := $(VENV)/made-$(ID)-$(PLACE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-SOURCES := pyproject.toml setup.py $(wildcard ffi/*.c ffi/*.h ffi/*.py)
-BUILT := $(wildcard uringloop/_fdmon*.so)
+SOURCES := pyproject.toml setup.py $(wildcard ffi/*.c ffi/*.h ffi/*.py uringloop/_core/*.p*)
+BUILT := $(and $(wildcard uringloop/_fdmon*.so),$(wildcard uringloop/_core/core*.so))
 
 define check
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -160,7 +160,7 @@ test-matrix:
 	@for python in $(PYTHONS); do $(MAKE) --no-print-directory test-python PYTHON="$$python"; done
 
 clean:
-	rm -rf build dist .venv .venv-* uringloop/_fdmon*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist .venv .venv-* uringloop/_fdmon*.so uringloop/_core/core*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find uringloop ffi tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: FORCE help run doctor bench test test-all lint format types test-python test-slow test-c test-wheel test-matrix clean

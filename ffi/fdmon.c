@@ -179,6 +179,7 @@ int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_inf
         ul_ring_free(spare);
         return -ENOMEM;
     }
+    mon->layout = UL_FDMON_LAYOUT;
     pthread_mutex_init(&mon->lock, NULL);
     mon->kind = kind;
     mon->eventfd = mon->epoll_fd = -1;

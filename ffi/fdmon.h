@@ -9,8 +9,7 @@
  * Collecting and running are kept apart: nothing here calls back into the user.
  *
  * Threads: every function locks the monitor, so that a call from the wrong thread cannot corrupt it; the lock is not held
- * while the kernel waits. The thread that calls ul_fdmon_turn() owns the ring; a turn in another thread moves the monitor
- * there.
+ * while the kernel waits. The thread that calls ul_fdmon_turn() owns the ring; a turn elsewhere moves the monitor there.
  *
  * Errors are -errno. Times are nanoseconds; a negative timeout waits without limit.
  */
@@ -62,12 +61,11 @@ typedef struct ul_ring ul_ring;
  * thread from ul_fdmon_close(), or NULL; it is used or freed. On failure *info tells the refused step. */
 int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_info *info);
 
-/* Ends the monitor; the verbs answer -EBADF from now on, the statistics stay. Called by the owner thread of a working ring it
- * cancels and reaps everything in flight and leaves that ring in *spare for the next monitor of this thread; otherwise it
- * drops the ring and *spare is NULL. -EBUSY, and nothing done, while another thread waits on it. */
+/* Ends the monitor: the verbs answer -EBADF from now on, the statistics stay. In the owner thread of a working ring it reaps
+ * what is in flight and leaves that ring in *spare for this thread's next monitor, else it drops the ring and *spare is NULL.
+ * -EBUSY, and nothing done, while another thread waits on it. */
 int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare);
-/* Frees a closed monitor, once no thread can call it any more. */
-void ul_fdmon_free(ul_fdmon *mon);
+void ul_fdmon_free(ul_fdmon *mon); /* a closed one, once no thread can call it any more */
 void ul_ring_free(ul_ring *ring);
 
 /* In a forked child, before anything else: lets go of the parent's kernel objects without touching them. The next use makes
@@ -79,20 +77,20 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
  * wait: in the owner's next turn). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never fails. */
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
-/* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all) and stores up to out_max ready
- * descriptors, each once. What there was no room for is handed over by the next turns, before anything new.
- * Returns their number, perhaps | UL_DOWNGRADED. 0 before the timeout means "interrupted, ask again": the caller looks after
- * signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
+/* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all), stores up to out_max ready
+ * descriptors, each once, and returns their number, perhaps | UL_DOWNGRADED. What there was no room for comes with the next
+ * turns, before anything new. 0 before the timeout means "interrupted, ask again": the caller looks after signals and the
+ * clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
 int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max);
 
-/* Hands over what the last turn collected and had no room for. Never blocks, never enters the kernel. */
+/* Hands over what the last turn had no room for. Never blocks, never enters the kernel. */
 int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max);
 
 /* True when a turn with timeout 0 has anything to do. Reads shared memory only. */
 bool ul_fdmon_need_wait(ul_fdmon *mon);
 
-/* A descriptor that becomes readable whenever a turn is due, for an outer loop. io_uring: an eventfd, because an outer poll on
- * a DEFER_TASKRUN ring is not woken. -EOPNOTSUPP on poll, which has none. */
+/* Readable whenever a turn is due, for an outer loop. io_uring: an eventfd, because a poll on a DEFER_TASKRUN ring is not
+ * woken. -EOPNOTSUPP on poll, which has none. */
 int ul_fdmon_fileno(ul_fdmon *mon);
 
 void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
@@ -132,8 +130,7 @@ typedef struct FDMonOps {
     /* Hands over what wait() collected; never blocks. */
     int (*dispatch)(ul_fdmon *mon, ul_event *out, int out_max);
 
-    /* Lets go of the kernel's objects and of nothing else: the watches stay, for the next monitor to take over. A descriptor
-     * whose number has become the application's is left alone. */
+    /* Lets go of the kernel's objects; the watches stay, for the next monitor. A number that became the application's stays. */
     void (*close)(ul_fdmon *mon);
 } FDMonOps;
 
@@ -147,7 +144,10 @@ typedef struct ul_request {
     uint32_t next_free;
 } ul_request;
 
+#define UL_FDMON_LAYOUT ((uint64_t)1 << 32 | sizeof(ul_fdmon))
+
 struct ul_fdmon {
+    uint64_t layout; /* UL_FDMON_LAYOUT of the extension that made it: another one takes a pointer to it */
     pthread_mutex_t lock;
     const FDMonOps *ops;
     enum ul_kind kind; /* what was asked for */
@@ -165,9 +165,9 @@ struct ul_fdmon {
     pthread_t ring_owner;
     ul_request *requests;
     uint32_t requests_cap, requests_in_flight, requests_dying, requests_free; /* free: index + 1 of the first free one */
-    const char *step; /* what is being done with the ring: named when it fails */
     int errors_in_a_row;
-    int eventfd; /* -1 until somebody asks for fileno() */
+    const char *step; /* what is being done with the ring: named when it fails */
+    int eventfd;      /* -1 until somebody asks for fileno() */
 
     int epoll_fd;
     bool no_epoll_pwait2;

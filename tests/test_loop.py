@@ -1939,7 +1939,7 @@ def test_an_exit_raised_in_a_callback_leaves_the_loop(loop: Loop) -> None:
 
         async def end() -> None:
             await asyncio.wait([task])
-            for transport in list(loop._transports.values()):  # type: ignore[attr-defined]
+            for transport in list(loop._transports.values()):
                 transport.abort()
 
         run(loop, end())
@@ -2099,7 +2099,7 @@ async def reports_what_it_is() -> Record:
             near.transport.get_extra_info("nothing", "default"),
             isinstance(near.transport, asyncio.Transport),
             near.transport.can_write_eof(),
-            type(asyncio.get_running_loop().call_soon(int)),
+            asyncio.get_running_loop().call_soon(int).__class__,
         ]
         near.transport.close()
         await far.lost()

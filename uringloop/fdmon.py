@@ -226,7 +226,7 @@ class FDMon:
         """
         ret = lib.ul_fdmon_update(self._mon, fd, events)
         if ret < 0:
-            raise self._error(ret)
+            raise self.error(ret)
 
     def turn(self, timeout_ns: int, events_max: int = EVENTS_MAX) -> list[tuple[int, int]]:
         """Waits at most `timeout_ns` (negative: without limit) and returns (fd, events) of what is
@@ -244,7 +244,7 @@ class FDMon:
 
     def _unusual_turn(self, n: int) -> list[tuple[int, int]]:
         if n < 0:
-            raise self._error(n)
+            raise self.error(n)
         downgraded = n & lib.UL_DOWNGRADED
         n &= ~lib.UL_DOWNGRADED
         events = list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
@@ -252,8 +252,12 @@ class FDMon:
             n = lib.ul_fdmon_dispatch(self._mon, self._out, EVENTS_MAX)
             events += _EVENT.iter_unpack(self._out_bytes[: n * 8])
         if downgraded:
-            logger.warning("%s; the loop goes on with %s", self.fallback_reason, self.name)
+            self.log_downgrade()
         return events
+
+    def log_downgrade(self) -> None:
+        """Says that this monitor was lost at run time and which one has taken over."""
+        logger.warning("%s; the loop goes on with %s", self.fallback_reason, self.name)
 
     def need_wait(self) -> bool:
         """Whether a turn with timeout 0 has anything to do. No system call."""
@@ -267,10 +271,17 @@ class FDMon:
         if fd == -errno.EOPNOTSUPP:
             raise OSError(errno.EOPNOTSUPP, "the poll monitor has no descriptor of its own")
         if fd < 0:
-            raise self._error(fd)
+            raise self.error(fd)
         return int(fd)
 
-    def _error(self, ret: int) -> Exception:
+    def pointer(self) -> int:
+        """The address of the C monitor, for the native loop. It stays valid as long as this object
+        lives.
+        """
+        return int(ffi.cast("uintptr_t", self._mon))
+
+    def error(self, ret: int) -> Exception:
+        """The exception for a negative result of a call into C."""
         if self.closed:
             return ValueError("I/O operation on closed selector")
         if ret == -errno.EBUSY:

@@ -1,47 +1,61 @@
-"""EventLoop: asyncio's own Unix event loop on our selector.
+"""EventLoop: asyncio's own Unix event loop with a native turn and native stream transports.
 
 Why it exists: to be asyncio on io_uring, with the whole of asyncio's API. Promise: it is a
-subclass, not a rewrite; whatever is not here is asyncio's own code.
+subclass, not a rewrite; whatever is neither here nor in `_core` is asyncio's own code.
 
 The private hooks of asyncio that we use, all of them (each is guarded by
 test_every_private_hook_is_where_we_expect_it):
 
 - `BaseSelectorEventLoop._make_socket_transport`, `._make_datagram_transport`,
   `._make_ssl_transport`, `_UnixSelectorEventLoop._make_read_pipe_transport`: where transports are
-  made.
-- `max_size` of the first two and of the pipe transport, and of the `_ssl_protocol` of the third:
-  how much is read at once.
-- `BaseEventLoop._closed`: what its finalizer asks.
+  made. `._accept_connection`, `._start_serving`: where connections are accepted.
+  `._ensure_fd_no_transport` and `._transports`: which descriptors belong to a transport.
+- `BaseEventLoop._run_once`, `._add_callback`, `_add_reader`, `_remove_reader`, `_add_writer`,
+  `_remove_writer`, `_timer_handle_cancelled`: the turn, which `_core.LoopCore` replaces.
+- `BaseEventLoop._ready`, `._scheduled`, `._timer_cancelled_count`, `._stopping`, `._debug`,
+  `._thread_id`, `._closed`, `._current_handle`, `._clock_resolution`, `._task_factory`: what
+  asyncio's half reads and writes; `LoopCore` holds them. `._check_thread`, `._check_callback`,
+  `._write_to_self`: called by it.
+- `max_size` of the datagram and the pipe transport, and of `sslproto.SSLProtocol`: how much is read
+  at once.
+- `Handle` and `TimerHandle` with `_repr_info`, `_run`, `_cancelled`, `_scheduled`;
+  `_SelectorSocketTransport`: what our handles and transports say they are.
+- `_ssl_protocol`, `_app_transport`, `_selector`, `_process_events`: met on the way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
-from typing import TYPE_CHECKING, Any
+import weakref
+from asyncio import sslproto
+from collections.abc import Iterator, MutableMapping
+from selectors import SelectorKey
+from typing import TYPE_CHECKING, Any, Final
 
+from uringloop import _core
 from uringloop.selector import Selector
 
 if TYPE_CHECKING:
     from uringloop.fdmon import Statistics
 
-# Stock asyncio allocates 256 KiB for every read and gives most of it back. malloc serves what is
-# above 128 KiB with fresh pages, mapped and unmapped each time: 20 us for a message of 1 KiB. So a
-# read of a stream stays below that, and above 100 KiB so that a message of that size needs one.
-# Receiving into one hot buffer and copying was measured and is slower (docs/decisions.md).
+# How much one read of a stream takes, and where it lies: docs/decisions.md 8.
 _STREAM_READ_MAX_BYTES = 120 * 1024
 
 # One read of a pipe, of TLS plaintext, or one datagram: their natural limits are 64 KiB, 16 KiB and
 # 64 KiB.
 _READ_MAX_BYTES = 64 * 1024
 
-# Ready descriptors per turn. asyncio collects everything first and runs it afterwards: a thousand
-# messages of 100 KiB have left every cache before the first is answered. Thirty-two have not.
-_EVENTS_PER_TURN = 32
+#: When what was written leaves: in write(), when the callback that wrote returns, or at the end of
+#: the turn together with all the others. docs/decisions.md 16
+_SEND_POLICIES: Final = ("now", "callback", "turn")
+
+_RECV_BYTES_MIN, _RECV_BYTES_MAX = 4096, 16 * 1024 * 1024
 
 
-class EventLoop(asyncio.SelectorEventLoop):
+class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
     """An asyncio event loop that waits through io_uring, or through epoll or poll where io_uring is
     denied.
 
@@ -50,19 +64,23 @@ class EventLoop(asyncio.SelectorEventLoop):
     and `statistics` belong to the thread that runs it.
 
     Raises UringUnavailable when a forced monitor is refused, and ValueError for an unknown name.
+
+    For measuring: URINGLOOP_SEND ("now", "callback" or "turn": when a write leaves) and
+    URINGLOOP_RECV_BYTES (4096 to 16777216: how much one read takes), read when a loop is made.
     """
 
-    # A loop that could not be made has nothing to close; asyncio's __init__ says False.
-    _closed = True
-
     def __init__(self, *, monitor: str | None = None) -> None:
-        selector = Selector(monitor, events_max=_EVENTS_PER_TURN)
+        send_policy, recv_bytes = _send_policy(), _recv_bytes()
+        selector = _LoopSelector(monitor)
         try:
+            self._open(selector, send_policy, recv_bytes)
+            selector.loop = self
             super().__init__(selector)
         except BaseException:
             selector.close()
             self._closed = True
             raise
+        self._transports = _Transports(self)
         self._uring_selector = selector
 
     @property
@@ -86,11 +104,41 @@ class EventLoop(asyncio.SelectorEventLoop):
     # Signatures are asyncio's, which differ between Pythons (3.15 passes context=): everything is
     # handed on.
 
-    def _make_socket_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
+    def _make_socket_transport(
+        self, sock: Any, protocol: Any, waiter: Any = None, **kwargs: Any
+    ) -> Any:
+        self._ensure_fd_no_transport(sock)  # type: ignore[attr-defined]
         _set_nodelay(sock)
-        transport = super()._make_socket_transport(sock, *args, **kwargs)  # type: ignore[misc]
-        transport.max_size = _STREAM_READ_MAX_BYTES
-        return transport
+        return _core.StreamTransport(self, sock, protocol, waiter, **kwargs)
+
+    def _make_ssl_transport(
+        self,
+        rawsock: Any,
+        protocol: Any,
+        sslcontext: Any,
+        waiter: Any = None,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: Any = None,
+        ssl_shutdown_timeout: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        self._ensure_fd_no_transport(rawsock)  # type: ignore[attr-defined]
+        ssl_protocol: Any = sslproto.SSLProtocol(
+            self,
+            protocol,
+            sslcontext,
+            waiter,
+            server_side,
+            server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
+        ssl_protocol.max_size = _READ_MAX_BYTES
+        _set_nodelay(rawsock)
+        _core.StreamTransport(self, rawsock, ssl_protocol, **kwargs)
+        return ssl_protocol._app_transport
 
     def _make_datagram_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
         transport = super()._make_datagram_transport(sock, *args, **kwargs)  # type: ignore[misc]
@@ -103,12 +151,6 @@ class EventLoop(asyncio.SelectorEventLoop):
         transport.max_size = _READ_MAX_BYTES
         return transport
 
-    def _make_ssl_transport(self, rawsock: Any, *args: Any, **kwargs: Any) -> Any:
-        _set_nodelay(rawsock)
-        transport = super()._make_ssl_transport(rawsock, *args, **kwargs)  # type: ignore[misc]
-        transport._ssl_protocol.max_size = _READ_MAX_BYTES
-        return transport
-
     async def start_tls(self, *args: Any, **kwargs: Any) -> Any:
         """As asyncio's; only how much is read at once differs."""
         transport: Any = await super().start_tls(*args, **kwargs)
@@ -116,15 +158,104 @@ class EventLoop(asyncio.SelectorEventLoop):
             transport._ssl_protocol.max_size = _READ_MAX_BYTES
         return transport
 
+    def _accept_connection(
+        self,
+        protocol_factory: Any,
+        sock: Any,
+        sslcontext: Any = None,
+        server: Any = None,
+        backlog: int = 100,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        serving = (protocol_factory, sock, sslcontext, server, backlog, *args)
+        if kwargs or sslcontext or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            super()._accept_connection(*serving, **kwargs)  # type: ignore[misc]
+            return
+        context = args[2] if len(args) > 2 else None  # 3.15
+        _core.accept_all(self, serving, context)
+
+
+class _LoopSelector(Selector):
+    """The selector of a loop.
+
+    The native turn does not use its `select()`. Whoever does (asyncio's turn under a subclass that
+    replaced parts of it, nest_asyncio, looptime) gets the events of native transports delivered on
+    the way.
+    """
+
+    loop: Any = None
+
+    def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        self.loop._before_select()
+        return super().select(timeout)
+
+    def _ready_keys(self, ready: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
+        deliver = self.loop._deliver_to_transport
+        return super()._ready_keys([event for event in ready if not deliver(*event)])
+
+
+class _Transports(MutableMapping[int, Any]):
+    """`loop._transports`, which asyncio reads: native transports stand in the core's table, others
+    here.
+    """
+
+    def __init__(self, core: _core.LoopCore) -> None:
+        self._core = core
+        self._others: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def __getitem__(self, fd: int) -> Any:
+        transport = self._core._transport_at(fd)
+        return self._others[fd] if transport is None else transport
+
+    def __setitem__(self, fd: int, transport: Any) -> None:
+        if type(transport) is _core.StreamTransport:
+            self._core._hide_transport(transport, False)
+        else:
+            self._others[fd] = transport
+
+    def __delitem__(self, fd: int) -> None:
+        transport = self._core._transport_at(fd)
+        if transport is None:
+            del self._others[fd]
+        else:
+            self._core._hide_transport(transport, True)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._core._transport_fds()
+        yield from self._others
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _send_policy() -> str:
+    policy = os.environ.get("URINGLOOP_SEND") or _SEND_POLICIES[-1]
+    if policy not in _SEND_POLICIES:
+        raise ValueError(
+            f"URINGLOOP_SEND must be one of {', '.join(_SEND_POLICIES)}, not {policy!r}"
+        )
+    return policy
+
+
+def _recv_bytes() -> int:
+    text = os.environ.get("URINGLOOP_RECV_BYTES") or str(_STREAM_READ_MAX_BYTES)
+    size = int(text) if text.isascii() and text.isdecimal() else 0
+    if not _RECV_BYTES_MIN <= size <= _RECV_BYTES_MAX:
+        raise ValueError(
+            "URINGLOOP_RECV_BYTES must be a whole number from"
+            f" {_RECV_BYTES_MIN} to {_RECV_BYTES_MAX}, not {text!r}"
+        )
+    return size
+
 
 def _set_nodelay(sock: Any) -> None:
-    """Turns Nagle's algorithm off where asyncio does not.
+    """Turns Nagle's algorithm off.
 
     asyncio looks for IPPROTO_TCP, but a socket made by `socket.socket()`, and whatever it accepts,
     has protocol 0 (or 262, Multipath TCP). uvicorn listens so: 44 ms per response behind a delayed
-    ACK. Test:
-    test_nagle_is_off_on_a_listener_made_without_a_protocol.
+    ACK. Test: test_nagle_is_off_on_a_listener_made_without_a_protocol.
     """
-    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto != socket.IPPROTO_TCP:
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError):  # the peer may be gone already; or it is not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

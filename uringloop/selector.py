@@ -149,6 +149,9 @@ class Selector(selectors._BaseSelectorImpl):
             timeout_ns = min(math.ceil(timeout * 1e9), _TIMEOUT_NS_MAX)
             deadline_ns = time.monotonic_ns() + timeout_ns
             ready = self._fdmon.turn(timeout_ns, self._events_max) or self._turn_until(deadline_ns)
+        return self._ready_keys(ready)
+
+    def _ready_keys(self, ready: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
         keys = self._fd_to_key
         return [
             (key, events & key.events) for fd, events in ready if (key := keys.get(fd)) is not None

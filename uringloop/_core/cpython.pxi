@@ -1,0 +1,101 @@
+# What CPython and the kernel offer that Cython does not declare, or declares with a cost that the hot path
+# should not pay (a PyObject* result is checked by hand).
+
+cdef extern from "Python.h":
+    object PyContext_CopyCurrent()
+    int PyContext_Enter(object context)
+    int PyContext_Exit(object context)
+    PyObject *PyObject_Vectorcall(PyObject *callable, PyObject **args, size_t nargs, PyObject *names)
+    PyObject *PyObject_VectorcallMethod(PyObject *name, PyObject **args, size_t nargs, PyObject *names)
+    size_t PY_VECTORCALL_ARGUMENTS_OFFSET
+    Py_ssize_t PyTuple_GET_SIZE(object tuple)
+    PyObject **PySequence_Fast_ITEMS(object sequence)
+    PyObject *PyDict_GetItemWithError(object mapping, object key) except? NULL
+    unsigned long PyThread_get_thread_ident()
+    Py_ssize_t Py_REFCNT(object o)
+    void Py_XDECREF(PyObject *o)
+    PyTypeObject *Py_TYPE(object o)
+    int PyObject_GenericSetAttr(object o, object name, PyObject *value) except -1
+
+cdef extern from *:
+    """
+    #define UL_TUPLE_ITEMS(t) (((PyTupleObject *)(t))->ob_item)
+
+    /* For an except clause around a call that has failed already: -1 with the error set. */
+    static inline int ul_raise_again(void) { return -1; }
+
+    /* A bytes object that only we hold is plain memory: its length may be set, its hash is not known yet. */
+    static inline void ul_bytes_set_size(PyObject *o, Py_ssize_t size) {
+        Py_SET_SIZE((PyVarObject *)o, size);
+        _Py_COMP_DIAG_PUSH
+        _Py_COMP_DIAG_IGNORE_DEPR_DECLS
+        ((PyBytesObject *)o)->ob_shash = -1;
+        _Py_COMP_DIAG_POP
+        PyBytes_AS_STRING(o)[size] = 0;
+    }
+    """
+    PyObject **UL_TUPLE_ITEMS(object tuple)
+    int ul_raise_again() except -1
+    void ul_bytes_set_size(object o, Py_ssize_t size)
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(int clock, timespec *now)
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    ctypedef unsigned int socklen_t
+    struct sockaddr:
+        unsigned short sa_family
+    int AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOCK_NONBLOCK, SOCK_CLOEXEC, SOCK_STREAM
+    ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    ssize_t send(int fd, const void *buffer, size_t size, int flags)
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    int shutdown(int fd, int how)
+    int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
+    int getsockname(int fd, sockaddr *address, socklen_t *size)
+    int setsockopt(int fd, int level, int name, const void *value, socklen_t size)
+
+cdef extern from "<netinet/in.h>" nogil:
+    struct in_addr:
+        pass
+    struct in6_addr:
+        pass
+    struct sockaddr_in:
+        unsigned short sin_port
+        in_addr sin_addr
+    struct sockaddr_in6:
+        unsigned short sin6_port
+        uint32_t sin6_flowinfo
+        in6_addr sin6_addr
+        uint32_t sin6_scope_id
+    unsigned short ntohs(unsigned short value)
+    uint32_t ntohl(uint32_t value)
+    int IPPROTO_TCP
+
+cdef extern from "<netinet/tcp.h>" nogil:
+    int TCP_NODELAY
+
+cdef extern from "<arpa/inet.h>" nogil:
+    const char *inet_ntop(int family, const void *address, char *text, socklen_t size)
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+
+cdef inline object os_error(int err):
+    return OSError(err, os.strerror(err))
+
+
+cdef inline double monotonic() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <double>(<int64_t>now.tv_sec * 1000000000 + now.tv_nsec) / 1e9

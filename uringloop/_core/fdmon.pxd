@@ -1,0 +1,21 @@
+# The C monitor, as fdmon.h declares it: what the turn and the transports call. One promise: nothing here that
+# the header does not say; the struct itself stays closed but for its first field, by which a pointer is checked.
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+cdef extern from "fdmon.h" nogil:
+    enum:
+        UL_READ
+        UL_WRITE
+        UL_DOWNGRADED
+
+    ctypedef struct ul_event:
+        int32_t fd
+        uint32_t events
+
+    ctypedef struct ul_fdmon:
+        uint64_t layout
+
+    uint64_t UL_FDMON_LAYOUT
+    int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events)
+    int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)

@@ -1,0 +1,490 @@
+# LoopCore: the turn. Compute the timeout, ask the kernel, collect due timers, run what was ready, send what was
+# written.
+#
+# Promise: the order of callbacks is asyncio's: what was queued, then descriptors, then timers; what is queued
+# meanwhile runs in the next pass. A subclass that overrides a building block of the turn gets asyncio's own turn.
+
+cdef enum:
+    EVENTS_PER_TURN = 32  # docs/decisions.md 10
+
+cdef double SELECT_TIMEOUT_MAX_S = 24 * 3600
+cdef object tuple_new = tuple.__new__
+cdef object run_once_of_asyncio = asyncio.SelectorEventLoop._run_once
+cdef object create_task_of_asyncio = asyncio.SelectorEventLoop.create_task
+
+cdef enum SendPolicy:
+    SEND_NOW
+    SEND_CALLBACK
+    SEND_TURN
+
+# Whoever replaces one of these wants to be asked at every step.
+cdef tuple BUILDING_BLOCKS = (
+    "time", "call_soon", "call_at", "call_later", "_run_once", "_process_events", "_add_callback"
+)
+
+
+cdef class LoopCore:
+    """The native half of `uringloop.EventLoop`; its other half is `asyncio.SelectorEventLoop`."""
+
+    # What asyncio's half reads and writes by these names.
+    cdef public list _scheduled
+    cdef public bint _debug, _stopping
+    cdef public object _current_handle, _task_factory, slow_callback_duration
+    cdef public double _clock_resolution
+    cdef public Py_ssize_t _timer_cancelled_count
+
+    cdef bint closed
+    cdef object thread_id
+    cdef ReadyQueue ready
+    cdef ul_fdmon *monitor
+    cdef object fdmon, selector  # fdmon owns the monitor
+    cdef dict keys               # descriptor -> SelectorKey of add_reader() and add_writer()
+    cdef bint stepwise           # asyncio's own turn, because a building block was replaced
+    cdef bint awake              # running callbacks: the ready queue is looked at before the kernel is
+    cdef bint woken              # the wake-up byte is under way
+    cdef bint in_pass            # writes may wait, for the end of their callback or of the turn
+    cdef SendPolicy send_policy
+    cdef list unsent             # transports with writes that wait
+    cdef set watched             # transports that the monitor watches: they live as long as that
+    cdef PyObject **transports   # by descriptor, borrowed
+    cdef int transports_size
+    cdef object read_buffer      # bytes; plain memory as long as nobody else holds it
+    cdef Py_ssize_t read_size
+
+    def __cinit__(self, *args, **kwargs):
+        self.closed = True  # nothing to close before asyncio's __init__ has run
+        self.ready = ReadyQueue()
+        self._scheduled = []
+        self.unsent = []
+        self.watched = set()
+
+    def __dealloc__(self):
+        free(self.transports)
+
+    def _open(self, selector, str send_policy, Py_ssize_t read_size):
+        """Takes over the selector's monitor. Before asyncio's __init__, which watches the wake-up descriptor."""
+        self.selector = selector
+        self.fdmon = selector._fdmon
+        self.monitor = <ul_fdmon *><size_t>self.fdmon.pointer()
+        if self.monitor.layout != UL_FDMON_LAYOUT:
+            raise ImportError("uringloop's two extensions were built from different sources; install it again")
+        self.keys = selector._fd_to_key
+        self.send_policy = {"now": SEND_NOW, "callback": SEND_CALLBACK, "turn": SEND_TURN}[send_policy]
+        self.read_size = read_size
+        self.examine_building_blocks()
+
+    @property
+    def _closed(self):
+        return self.closed
+
+    @_closed.setter
+    def _closed(self, bint closed):
+        self.closed = closed
+        if closed:  # nothing is watched any more: transports that nobody holds are unclosed, and say so
+            self.watched.clear()
+
+    @property
+    def _thread_id(self):
+        return self.thread_id
+
+    @_thread_id.setter
+    def _thread_id(self, thread_id):
+        # asyncio sets it when a run begins. By then a patcher has done its work: a derived class, another class
+        # put in its place (looptime), attributes of this object, another select().
+        self.thread_id = thread_id
+        if thread_id is not None:
+            self.examine_building_blocks()
+
+    def __setattr__(self, name, value):
+        PyObject_GenericSetAttr(self, name, <PyObject *>value)
+        if name in BUILDING_BLOCKS or name == "__class__":
+            self.examine_building_blocks()
+
+    def __delattr__(self, name):
+        PyObject_GenericSetAttr(self, name, NULL)
+        if name in BUILDING_BLOCKS:
+            self.examine_building_blocks()
+
+    cdef int examine_building_blocks(self) except -1:
+        self.stepwise = "select" in vars(self.selector) or not all(map(self.is_original, BUILDING_BLOCKS))
+        return 0
+
+    def is_original(self, name):
+        """Whether a building block of the turn is asyncio's or ours."""
+        if name in vars(self):
+            return False
+        owner = next(cls for cls in type(self).__mro__ if name in vars(cls))
+        return owner is LoopCore or owner.__module__.startswith("asyncio.")
+
+    @property
+    def _ready(self):
+        return self.ready
+
+    @_ready.setter
+    def _ready(self, entries):
+        self.ready.clear()
+        for entry in entries:
+            self.ready.push(entry)
+
+    # -- calling soon and later --
+
+    cdef inline int check_usable(self, object callback, str method) except -1:
+        if self.closed:
+            raise RuntimeError("Event loop is closed")
+        if self._debug and callback is not None:
+            if method is not "call_soon_threadsafe":
+                self._check_thread()
+            self._check_callback(callback, method)
+        return 0
+
+    cdef inline Handle queue(self, object callback, object args, object context):
+        cdef Handle handle = init_handle(Handle.__new__(Handle), self, callback, args, context)
+        self.ready.push(handle)
+        return handle
+
+    cdef int call_soon_natively(self, object callback, tuple args, object context) except -1:
+        """For our own callers: by way of an override where there is one."""
+        if self.stepwise:
+            self.call_soon(callback, *args, context=context)
+        else:
+            self.check_usable(None, None)
+            self.queue(callback, args, context)
+        return 0
+
+    def call_soon(self, callback, *args, context=None):
+        self.check_usable(callback, "call_soon")
+        return self.queue(callback, args, context)
+
+    def call_soon_threadsafe(self, callback, *args, context=None):
+        self.check_usable(callback, "call_soon_threadsafe")
+        cdef Handle handle = self.queue(callback, args, context)
+        if not self.awake and not self.woken:
+            self.woken = True
+            self._write_to_self()
+        return handle
+
+    cdef TimerHandle schedule(self, double when, object given, object callback, object args, object context):
+        cdef TimerHandle timer = TimerHandle.__new__(TimerHandle)
+        timer.when_ = when
+        timer.when_given = given
+        init_handle(timer, self, callback, args, context)
+        heap_push(self._scheduled, timer)
+        timer.scheduled = True
+        return timer
+
+    def call_later(self, delay, callback, *args, context=None):
+        if self.stepwise or not isinstance(delay, (float, int)):
+            if delay is None:
+                raise TypeError("delay must not be None")
+            return self.call_at(self.time() + delay, callback, *args, context=context)
+        self.check_usable(callback, "call_at")
+        return self.schedule(monotonic() + <double>delay, None, callback, args, context)
+
+    def call_at(self, when, callback, *args, context=None):
+        if when is None:
+            raise TypeError("when cannot be None")
+        self.check_usable(callback, "call_at")
+        return self.schedule(<double>when, when, callback, args, context)
+
+    def _timer_handle_cancelled(self, handle):
+        if handle._scheduled:
+            self._timer_cancelled_count += 1
+
+    def _add_callback(self, handle):
+        if not handle._cancelled:
+            self.ready.push(handle)
+
+    # -- small questions that tasks and futures ask all the time --
+
+    def time(self):
+        return monotonic()
+
+    def get_debug(self):
+        return self._debug
+
+    def is_closed(self):
+        return self.closed
+
+    def is_running(self):
+        return self.thread_id is not None
+
+    def create_future(self):
+        return futures.Future(loop=self)
+
+    def create_task(self, coro, **kwargs):
+        if kwargs or self._debug or self._task_factory is not None:
+            return create_task_of_asyncio(self, coro, **kwargs)
+        self.check_usable(None, None)
+        return tasks.Task(coro, loop=self)
+
+    # -- the turn --
+
+    def _run_once(self):
+        if self.stepwise:
+            run_once_of_asyncio(self)
+            return
+        self.sweep_timers()
+        self.poll(self.timeout_ns())
+        self.collect_due_timers()
+        self.awake = self.in_pass = True
+        try:
+            self.run_ready()
+        finally:
+            self.in_pass = False
+            if self.unsent:
+                self.send_unsent()
+            self.awake = False
+
+    cdef int sweep_timers(self) except -1:
+        """Drops cancelled timers: from the top, and from everywhere when half of them are, as asyncio does."""
+        cdef list heap = self._scheduled
+        cdef Py_ssize_t size = PyList_GET_SIZE(heap)
+        if size > 100 and self._timer_cancelled_count * 2 > size:
+            kept = []
+            for timer in heap:
+                if timer._cancelled:
+                    timer._scheduled = False
+                else:
+                    kept.append(timer)
+            heapq.heapify(kept)
+            self._scheduled = kept
+            self._timer_cancelled_count = 0
+            return 0
+        while PyList_GET_SIZE(heap) and is_cancelled(PyList_GET_ITEM(heap, 0)):
+            self._timer_cancelled_count -= 1
+            heap_pop(heap)._scheduled = False
+        return 0
+
+    cdef int64_t timeout_ns(self) except? -2:
+        cdef double timeout_s
+        if self.ready.count or self._stopping:
+            return 0
+        if not PyList_GET_SIZE(self._scheduled):
+            return -1
+        timeout_s = first_due(self._scheduled) - monotonic()
+        if timeout_s <= 0:
+            return 0
+        return <int64_t>ceil((timeout_s if timeout_s < SELECT_TIMEOUT_MAX_S else SELECT_TIMEOUT_MAX_S) * 1e9)
+
+    cdef int poll(self, int64_t timeout_ns) except -1:
+        """One turn of the monitor. The GIL is kept when it cannot block: letting it go costs more than asking."""
+        cdef ul_event events[EVENTS_PER_TURN]
+        cdef int n, i
+        if timeout_ns == 0:
+            n = ul_fdmon_turn(self.monitor, 0, events, EVENTS_PER_TURN)
+        else:
+            self.woken = False
+            with nogil:
+                n = ul_fdmon_turn(self.monitor, timeout_ns, events, EVENTS_PER_TURN)
+        if n < 0:
+            raise self.fdmon.error(n)
+        if n & UL_DOWNGRADED:
+            self.fdmon.log_downgrade()
+            n &= ~UL_DOWNGRADED
+        for i in range(n):
+            self.deliver(events[i].fd, events[i].events)
+        return 0
+
+    cdef int deliver(self, int fd, uint32_t events) except -1:
+        cdef StreamTransport transport = self.transport_at(fd)
+        if transport is not None and transport.interest:
+            return transport.notice(events)
+        cdef PyObject *found = PyDict_GetItemWithError(self.keys, fd)
+        if found == NULL:
+            return 0
+        file, _, wanted, (reader, writer) = <object>found
+        events &= <uint32_t>wanted
+        if events & UL_READ and reader is not None:
+            if reader._cancelled:
+                self._remove_reader(file)
+            else:
+                self.ready.push(reader)
+        if events & UL_WRITE and writer is not None:
+            if writer._cancelled:
+                self._remove_writer(file)
+            else:
+                self.ready.push(writer)
+        return 0
+
+    cdef int collect_due_timers(self) except -1:
+        cdef list heap = self._scheduled
+        cdef double now, end
+        if not PyList_GET_SIZE(heap):
+            return 0
+        now = monotonic()
+        end = max(now + self._clock_resolution, nextafter(now, INFINITY))
+        while PyList_GET_SIZE(heap) and first_due(heap) < end:
+            timer = heap_pop(heap)
+            timer._scheduled = False
+            self.ready.push(timer)
+        return 0
+
+    cdef int run_ready(self) except -1:
+        cdef Py_ssize_t left = self.ready.count
+        cdef object entry
+        while left > 0 and self.ready.count:
+            left -= 1
+            entry = self.ready.pop()
+            if isinstance(entry, Entry) and not self._debug:
+                if not (<Entry>entry).is_cancelled():
+                    (<Entry>entry).run()
+            elif not entry._cancelled:
+                self.run_watched(entry)
+            if self.send_policy == SEND_CALLBACK and self.unsent:
+                self.send_unsent()
+        return 0
+
+    cdef int run_watched(self, entry) except -1:
+        """Runs what is not ours, or anything in debug mode, which says what took long."""
+        if not self._debug:
+            entry._run()
+            return 0
+        self._current_handle = entry
+        cdef double started = monotonic(), took
+        try:
+            entry._run()
+            took = monotonic() - started
+            if took >= self.slow_callback_duration:
+                text = repr(entry) if isinstance(entry, StreamTransport) else format_handle(entry)
+                logger.warning("Executing %s took %.3f seconds", text, took)
+        finally:
+            self._current_handle = None
+        return 0
+
+    cdef int send_unsent(self) except -1:
+        """Sends what was written in this turn, connection after connection."""
+        cdef list unsent = self.unsent
+        cdef Py_ssize_t sent = 0
+        cdef StreamTransport transport
+        self.unsent = []
+        try:
+            for transport in unsent:
+                sent += 1
+                if transport.send_waits:
+                    transport.send_waiting()
+        finally:
+            if sent < len(unsent):  # an exception handler let KeyboardInterrupt through
+                self.unsent += unsent[sent:]
+        return 0
+
+    # -- for asyncio's own turn: its selector hands the events of our transports to us --
+
+    def _before_select(self):
+        """A nested or foreign turn is about to wait: nothing may wait for the end of ours."""
+        self.awake = self.woken = False
+        if self.unsent:
+            self.send_unsent()
+
+    def _deliver_to_transport(self, int fd, uint32_t events):
+        """True when the descriptor is one of our transports', which has then been queued."""
+        cdef StreamTransport transport = self.transport_at(fd)
+        if transport is None or not transport.interest:
+            return False
+        transport.notice(events)
+        return True
+
+    # -- descriptors --
+
+    cdef inline int update(self, int fd, uint32_t events) except -1:
+        cdef int result = ul_fdmon_update(self.monitor, fd, events)
+        if result < 0:
+            raise self.fdmon.error(result)
+        return 0
+
+    def _add_reader(self, fd, callback, *args, context=None):
+        return self.watch(fd, UL_READ, callback, args, context)
+
+    def _add_writer(self, fd, callback, *args, context=None):
+        return self.watch(fd, UL_WRITE, callback, args, context)
+
+    def _remove_reader(self, fd):
+        return self.unwatch(fd, UL_READ)
+
+    def _remove_writer(self, fd):
+        return self.unwatch(fd, UL_WRITE)
+
+    cdef Handle watch(self, file, uint32_t event, callback, tuple args, context):
+        self.check_usable(None, None)
+        cdef Handle handle = init_handle(Handle.__new__(Handle), self, callback, args, context)
+        cdef int fd = self.selector._descriptor(file)
+        key = self.keys.get(fd)
+        cdef uint32_t before = 0
+        reader = writer = None
+        if key is not None:
+            file, _, before, (reader, writer) = key
+        if not before & event:
+            try:
+                self.update(fd, before | event)
+            except BaseException:
+                if key is not None:  # as EpollSelector: a descriptor gone bad is not registered
+                    del self.keys[fd]
+                    self.update(fd, 0)
+                raise
+        if event == UL_READ:
+            replaced, reader = reader, handle
+        else:
+            replaced, writer = writer, handle
+        self.keys[fd] = tuple_new(selectors.SelectorKey, (file, fd, before | event, (reader, writer)))
+        if replaced is not None:
+            replaced.cancel()
+        return handle
+
+    cdef bint unwatch(self, file, uint32_t event) except -1:
+        if self.closed:
+            return False
+        cdef int fd = self.selector._descriptor(file)
+        key = self.keys.get(fd)
+        if key is None:
+            return False
+        file, _, wanted, (reader, writer) = key
+        cdef uint32_t left = <uint32_t>wanted & ~event
+        if event == UL_READ:
+            removed, reader = reader, None
+        else:
+            removed, writer = writer, None
+        if not left:
+            del self.keys[fd]
+        if left != <uint32_t>wanted:
+            self.update(fd, left)
+        if left:
+            self.keys[fd] = tuple_new(selectors.SelectorKey, (file, fd, left, (reader, writer)))
+        if removed is None:
+            return False
+        removed.cancel()
+        return True
+
+    # -- the table of stream transports --
+
+    def _transport_at(self, int fd):
+        cdef StreamTransport transport = self.transport_at(fd)
+        return None if transport is None or transport.hidden else transport
+
+    cdef inline StreamTransport transport_at(self, int fd):
+        if not 0 <= fd < self.transports_size or self.transports[fd] == NULL:
+            return None
+        return <StreamTransport>self.transports[fd]
+
+    def _transport_fds(self):
+        return [fd for fd in range(self.transports_size) if self._transport_at(fd) is not None]
+
+    def _hide_transport(self, StreamTransport transport, bint hidden):
+        """As asyncio's sendfile does: others may watch the descriptor for a while."""
+        transport.hidden = hidden
+
+    cdef int enter_transport(self, StreamTransport transport) except -1:
+        cdef int fd = transport.fd, size = max(self.transports_size, 64)
+        cdef PyObject **grown
+        while size <= fd:
+            size *= 2
+        if size > self.transports_size:
+            grown = <PyObject **>realloc(self.transports, size * sizeof(PyObject *))
+            if grown == NULL:
+                raise MemoryError
+            memset(grown + self.transports_size, 0, (size - self.transports_size) * sizeof(PyObject *))
+            self.transports, self.transports_size = grown, size
+        self.transports[fd] = <PyObject *>transport
+        return 0
+
+    cdef void leave_transport(self, StreamTransport transport) noexcept:
+        if 0 <= transport.fd < self.transports_size and self.transports[transport.fd] == <PyObject *>transport:
+            self.transports[transport.fd] = NULL
