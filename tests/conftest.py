@@ -29,6 +29,12 @@ def refusal(monitor: str) -> str | None:
     return None
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What collecting the tests made stays; the collections of the leak check need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=MONITORS)
 def monitor(request: pytest.FixtureRequest) -> str:
     """Each monitor in turn; one that this machine refuses is skipped with the reason, and is a
