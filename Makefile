@@ -3,10 +3,10 @@
 #
 #   make run        build, then the demo: a real aiohttp application on uringloop, asyncio and uvloop
 #   make test       lint, types, C tests under ASan+UBSan, Python tests on every monitor with one Python
-#   make test-all   the same, the slow cases, the wheel, and every other supported Python found
+#   make test-all   the same, the slow cases, all but CPython's tests under ASan+UBSan, the wheel, every other Python found
 #   make bench      the benchmarks (ARGS="..." are handed over)
 #   make doctor     what io_uring allows on this machine
-#   make lint | types | test-c | test-python | test-slow | test-wheel | test-matrix | format | clean
+#   make lint | types | test-c | test-python | test-slow | test-asan | test-wheel | test-matrix | format | clean
 #
 #   PYTHON=python3.12   the interpreter; each chosen one gets an environment of its own, .venv-3.12
 #   PYTHONS="..."       the interpreters of test-matrix, by default all of 3.11+ on PATH and in pyenv
@@ -24,7 +24,10 @@ SHELL := /bin/bash
 # ---------------------------------------------------------------------------------------------- environments
 # An environment belongs to one interpreter, in one version, in one place: the stamp's name says which, so
 # that another version or a moved checkout gets a new environment.
-ID := $(shell $(PYTHON) -c 'import sys; print("%d.%d%s.%d" % (*sys.version_info[:2], sys.abiflags, sys.version_info[2]))' 2>/dev/null)
+ABOUT := $(shell $(PYTHON) -c 'import sys, sysconfig; print("%d.%d%s.%d" % (*sys.version_info[:2], sys.abiflags, \
+  sys.version_info[2]), sysconfig.get_config_var("EXT_SUFFIX"))' 2>/dev/null)
+ID := $(word 1,$(ABOUT))
+EXT := $(word 2,$(ABOUT))
 PLACE := $(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(basename $(ID)))
 BIN := $(VENV)/bin
@@ -32,7 +35,7 @@ MADE := $(VENV)/made-$(ID)-$(PLACE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SOURCES := pyproject.toml setup.py $(wildcard ffi/*.c ffi/*.h ffi/*.py uringloop/_core/*.p*)
-BUILT := $(and $(wildcard uringloop/_fdmon*.so),$(wildcard uringloop/_core/core*.so))
+BUILT := $(and $(wildcard uringloop/_fdmon*.so),$(wildcard uringloop/_core/core$(EXT)))
 
 define check
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -56,9 +59,11 @@ $(MADE):
 	@touch $@
 
 # One extra of pyproject.toml, with the package built from this checkout. Built anew when a source is newer,
-# or when the extension is gone.
+# or when an extension is gone.
 $(VENV)/installed-%: $(MADE) $(SOURCES) $(if $(BUILT),,FORCE)
 	$(check-cc)
+	@# setuptools looks at the sources only, not at how they are to be built.
+	$(if $(filter pyproject.toml setup.py ffi/build.py,$?),rm -rf build/uringloop uringloop/_fdmon*.so uringloop/_core/core$(EXT))
 	$(PIP) install --editable '.[$*]'
 	@touch $@
 
@@ -80,14 +85,19 @@ bench: $(VENV)/installed-bench
 # ---------------------------------------------------------------------------------------------- checks
 test: lint types test-c test-python
 
-test-all: test test-slow test-wheel test-matrix
+test-all: test test-slow test-asan test-wheel test-matrix
 
 C_FILES := $(wildcard ffi/*.[ch] tests/c/*.[ch] benchmarks/*.[ch])
 
+# cython-lint parses a .pxi file only under the name of a module of its own; it finds pycodestyle on PATH.
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	@rm -rf build/lint && mkdir -p build/lint
+	@for file in uringloop/_core/*.pxi; do cp $$file build/lint/$$(basename $$file .pxi).pyx; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint --max-line-length 120 uringloop/_core/*.pyx uringloop/_core/*.pxd build/lint/*.pyx \
+	  | sed 's|^$(CURDIR)/||; s|^build/lint/\(.*\)\.pyx|uringloop/_core/\1.pxi|'
 
 format: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check --fix-only .
@@ -110,6 +120,43 @@ test-python: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(call pytest,slow)
+
+# The same tests over extensions that are built with ASan and UBSan, in a copy of this checkout with an environment
+# of its own. The interpreter is an ordinary one: PYTHONMALLOC makes ASan know its objects, and leaks, which it
+# would report by the thousand, are counted by tests/test_leaks.py. What they find is written to a file for each process
+# and fails the run, also where a test expects that its child fails. Left out: CPython's tests, for their time, and
+# the count of page faults, which are ASan's own here.
+ASAN := build/asan
+ASAN_TREE := $(ASAN)/tree
+ASAN_MADE := $(ASAN)/made-$(ID)-$(PLACE)
+ASAN_FLAGS := -fsanitize=address,undefined
+ASAN_TESTS := tests --ignore=tests/conformance \
+  --deselect=tests/test_contract.py::test_a_message_of_1_kib_maps_no_memory
+ASAN_LIBRARIES = $(foreach name,asan ubsan,$(shell $(CC) -print-file-name=lib$(name).so))
+ASAN_ENVIRONMENT = LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc URINGLOOP_TEST_SANITIZED=1 \
+  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:log_path=$(CURDIR)/$(ASAN)/found \
+  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(ASAN)/found
+ASAN_COPY = tar -c --exclude='*.so' --exclude=__pycache__ ffi tests uringloop setup.py pyproject.toml README.md LICENSE \
+  | tar -x -C $(ASAN_TREE)
+
+$(ASAN_MADE): $(MADE) $(SOURCES)
+	$(check-cc)
+	rm -rf $(ASAN) && mkdir -p $(ASAN_TREE)
+	$(ASAN_COPY)
+	$(PYTHON) -m venv $(ASAN)/venv
+	CC="$(CC)" CFLAGS="$(ASAN_FLAGS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g" LDFLAGS="$(ASAN_FLAGS)" \
+	  $(ASAN)/venv/bin/python -m pip --disable-pip-version-check --quiet install --editable '$(ASAN_TREE)[dev]'
+	@touch $@
+
+test-asan: PYTEST = cd $(ASAN_TREE) && $(ASAN_ENVIRONMENT) ../venv/bin/python -m pytest
+test-asan: TESTS = $(ASAN_TESTS)
+test-asan: $(ASAN_MADE)
+	rm -rf $(ASAN_TREE)/tests $(ASAN)/found*
+	$(ASAN_COPY)
+	cd $(ASAN_TREE) && $(ASAN_ENVIRONMENT) ../venv/bin/python -c 'import uringloop.loop, pathlib; \
+	  maps = pathlib.Path("/proc/self/maps").read_text(); assert "libasan" in maps and "$(ASAN_TREE)" in maps'
+	$(call pytest,not slow)
+	@! cat $(ASAN)/found* 2>/dev/null || { echo "test-asan: ASan or UBSan found the above" >&2; exit 1; }
 
 # The C core without Python. Each tests/c/test_*.c is one program; one that holds the line
 # "/* link: FLAGS */" is linked with these flags (-Wl,--wrap=syscall lets a test play the kernel).
@@ -143,10 +190,12 @@ test-wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --outdir build/wheel . >build/wheel/log 2>&1 || { cat build/wheel/log >&2; exit 1; }
 	$(BIN)/python -m zipfile -l build/wheel/*.whl | awk 'NR > 1 { print $$1 }' >build/wheel/files
 	! grep -v -E '^uringloop(-[0-9a-z.]+\.dist-info)?/' build/wheel/files
+	! grep -E '\.(c|h|pyx|pxd|pxi)$$' build/wheel/files
 	$(BIN)/python -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip --disable-pip-version-check --quiet install build/wheel/*.whl
+	! build/wheel/venv/bin/python -c 'import Cython' 2>/dev/null
 	cd build/wheel && venv/bin/python -m uringloop doctor
-	@echo "test-wheel: the wheel holds only uringloop/ and runs alone"
+	@echo "test-wheel: the wheel holds only uringloop/, without sources, and runs alone"
 
 # Every other supported Python: 3.11+ on PATH (a pyenv shim of a version that is not selected fails and drops
 # out) and in pyenv, one of each minor version.
@@ -163,4 +212,4 @@ clean:
 	rm -rf build dist .venv .venv-* uringloop/_fdmon*.so uringloop/_core/core*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find uringloop ffi tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: FORCE help run doctor bench test test-all lint format types test-python test-slow test-c test-wheel test-matrix clean
+.PHONY: FORCE help run doctor bench test test-all lint format types test-python test-slow test-c test-asan test-wheel test-matrix clean
