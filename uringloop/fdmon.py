@@ -177,6 +177,11 @@ class _RingHandle:
         lib.ul_ring_free(ring)  # which knows that its memory stayed with the parent
 
 
+def _free(mon: CData, free: object = lib.ul_fdmon_free, sys: Any = sys) -> None:
+    if not sys.is_finalizing():  # a daemon thread may still wait on it
+        free(mon)  # type: ignore[operator]
+
+
 class FDMon:
     """One fd monitor.
 
@@ -201,7 +206,8 @@ class FDMon:
         if ret < 0:
             step = ffi.string(info.refused_step).decode() if info.refused_step else requested
             raise UringUnavailable(-ret, f"{describe_refusal(step, -ret)}: {os.strerror(-ret)}")
-        self._mon = mon[0]  # freed by __del__ only: no thread can be inside it then
+        # Freed with the last reference: the native loop has one too, and may outlive __del__.
+        self._mon = ffi.gc(mon[0], _free)
         self.closed = False
         self._out = ffi.new("ul_event[]", EVENTS_MAX)
         self._out_bytes = memoryview(ffi.buffer(self._out)).toreadonly()
@@ -274,11 +280,9 @@ class FDMon:
             raise self.error(fd)
         return int(fd)
 
-    def pointer(self) -> int:
-        """The address of the C monitor, for the native loop. It stays valid as long as this object
-        lives.
-        """
-        return int(ffi.cast("uintptr_t", self._mon))
+    def pointer(self) -> tuple[int, CData]:
+        """The address of the C monitor, for the native loop, and what keeps it valid."""
+        return int(ffi.cast("uintptr_t", self._mon)), self._mon
 
     def error(self, ret: int) -> Exception:
         """The exception for a negative result of a call into C."""
@@ -367,7 +371,6 @@ class FDMon:
     def __del__(self) -> None:
         if hasattr(self, "_mon") and not sys.is_finalizing():
             self.close()
-            lib.ul_fdmon_free(self._mon)
 
     def after_fork_in_child(self) -> None:
         """Lets go of the parent's kernel objects; the next use makes new ones. Called by

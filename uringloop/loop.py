@@ -20,7 +20,8 @@ test_every_private_hook_is_where_we_expect_it):
   at once.
 - `Handle` and `TimerHandle` with `_repr_info`, `_run`, `_cancelled`, `_scheduled`;
   `_SelectorSocketTransport`: what our handles and transports say they are.
-- `_ssl_protocol`, `_app_transport`, `_selector`, `_process_events`: met on the way.
+- `_ssl_protocol`, `_app_transport`, `_selector`, `_process_events`, `asyncio._get_running_loop`:
+  met on the way.
 """
 
 from __future__ import annotations
@@ -191,8 +192,9 @@ class _LoopSelector(Selector):
         return super().select(timeout)
 
     def _ready_keys(self, ready: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
-        deliver = self.loop._deliver_to_transport
-        return super()._ready_keys([event for event in ready if not deliver(*event)])
+        for event in ready:
+            self.loop._deliver_to_transport(*event)
+        return [(key, events) for key, events in super()._ready_keys(ready) if events]
 
 
 class _Transports(MutableMapping[int, Any]):
@@ -259,3 +261,13 @@ def _set_nodelay(sock: Any) -> None:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError):  # the peer may be gone already; or it is not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _before_fork() -> None:
+    """What write() took leaves before the process doubles, and not twice."""
+    loop = asyncio._get_running_loop()
+    if isinstance(loop, EventLoop):
+        loop._send_unsent()
+
+
+os.register_at_fork(before=_before_fork)

@@ -30,12 +30,14 @@ def accept_all(LoopCore loop, tuple serving, context):
     protocol_factory, sock, _, server, backlog = serving[:5]
     cdef Address address
     cdef socklen_t size
-    cdef int fd, err, listener = sock.fileno(), left
-    for left in range(<int>backlog, -1, -1):
+    cdef int fd, err, listener = sock.fileno(), _left
+    for _left in range(<int>backlog, -1, -1):
         size = sizeof(address)
         fd = accept4(listener, &address.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if fd >= 0:
             open_connection(loop, fd, &address, protocol_factory, server, context)
+            if sock.fileno() != listener:  # a protocol factory closed its server
+                return
             continue
         err = errno
         if err == ECONNABORTED:
@@ -60,16 +62,18 @@ cdef int open_connection(LoopCore loop, int fd, Address *peer, protocol_factory,
     cdef socklen_t size = sizeof(own)
     cdef int on = 1
     protocol = None
-    # asyncio runs a task for each connection: what its protocol factory sets is seen by that connection alone.
-    own_context = PyContext_CopyCurrent() if context is None else context.copy()
-    if PyContext_Enter(own_context) < 0:
-        ul_raise_again()
+    own_context = None
     try:
+        # asyncio runs a task for each connection: what its protocol factory sets is seen by that connection alone.
+        own_context = PyContext_CopyCurrent() if context is None else context.copy()
+        if PyContext_Enter(own_context) < 0:
+            own_context = None
+            ul_raise_again()
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on))
         sockname = address_object(&own) if getsockname(fd, &own.any, &size) == 0 else None
         peername = address_object(peer)
         if loop._debug:
-            logger.debug("%r got a new connection from %r: fd=%d", server, peername, fd)
+            selector_events.logger.debug("%r got a new connection from %r: fd=%d", server, peername, fd)
         protocol = protocol_factory()
         transport.start(
             loop, fd, sockname, peername, protocol, None, server, None if context is None else own_context
@@ -87,5 +91,6 @@ cdef int open_connection(LoopCore loop, int fd, Address *peer, protocol_factory,
                 report["protocol"] = protocol
             loop.call_exception_handler(report)
     finally:
-        PyContext_Exit(own_context)
+        if own_context is not None:
+            PyContext_Exit(own_context)
     return 0

@@ -14,11 +14,11 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF, Py_DECREF
-from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
+from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
 from libc.math cimport INFINITY, ceil, nextafter
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memmove, memset
+from libc.string cimport memcpy, memmove, memset
 from uringloop._core.fdmon cimport *
 
 import asyncio
@@ -29,14 +29,13 @@ import selectors
 import socket as socket_module
 import sys
 import warnings
-from asyncio import constants, events, format_helpers, futures, protocols, selector_events, tasks, trsock
-from asyncio.base_events import _format_handle as format_handle
-from asyncio.log import logger
+from asyncio import base_events, constants, events, format_helpers, futures, protocols, selector_events, tasks, trsock
 
 include "cpython.pxi"
 include "queue.pxi"
 include "handle.pxi"
 include "loop.pxi"
+include "memory.pxi"
 include "stream.pxi"
 include "accept.pxi"
 

@@ -11,7 +11,11 @@ cdef extern from "Python.h":
     Py_ssize_t PyTuple_GET_SIZE(object tuple)
     PyObject **PySequence_Fast_ITEMS(object sequence)
     PyObject *PyDict_GetItemWithError(object mapping, object key) except? NULL
-    unsigned long PyThread_get_thread_ident()
+    ctypedef struct PyInterpreterState
+    ctypedef struct PyThreadState
+    PyInterpreterState *PyInterpreterState_Get()
+    PyThreadState *PyInterpreterState_ThreadHead(PyInterpreterState *interpreter)
+    PyThreadState *PyThreadState_Next(PyThreadState *thread)
     Py_ssize_t Py_REFCNT(object o)
     void Py_XDECREF(PyObject *o)
     PyTypeObject *Py_TYPE(object o)
@@ -24,7 +28,13 @@ cdef extern from *:
     /* For an except clause around a call that has failed already: -1 with the error set. */
     static inline int ul_raise_again(void) { return -1; }
 
-    /* A bytes object that only we hold is plain memory: its length may be set, its hash is not known yet. */
+    struct ul_socket_object { PyObject_HEAD int sock_fd; };
+
+    static inline void ul_set_errno(int err) { errno = err; }
+
+    static inline int ul_is_ours(PyObject *o) { return Py_REFCNT(o) == 1; }
+
+    /* Only for a bytes object that nobody else holds: its hash is not known any more. */
     static inline void ul_bytes_set_size(PyObject *o, Py_ssize_t size) {
         Py_SET_SIZE((PyVarObject *)o, size);
         _Py_COMP_DIAG_PUSH
@@ -36,6 +46,10 @@ cdef extern from *:
     """
     PyObject **UL_TUPLE_ITEMS(object tuple)
     int ul_raise_again() except -1
+    ctypedef struct SocketObject "struct ul_socket_object":
+        int sock_fd
+    void set_errno "ul_set_errno" (int err) noexcept
+    bint ul_is_ours(PyObject *o)
     void ul_bytes_set_size(object o, Py_ssize_t size)
 
 cdef extern from "<time.h>" nogil:

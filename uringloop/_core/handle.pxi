@@ -170,8 +170,15 @@ cdef inline Handle init_handle(Handle handle, LoopCore loop, object callback, ob
     handle.args = args
     handle.context = PyContext_CopyCurrent() if context is None else context
     if loop._debug:
-        handle.debug_info = [format_helpers.extract_stack(sys._getframe()), None]
+        handle.debug_info = [stack_of_caller(), None]
     return handle
+
+
+cdef object stack_of_caller():
+    try:
+        return format_helpers.extract_stack(sys._getframe())
+    except ValueError:  # a thread that runs no Python function
+        return None
 
 
 # The timers are a binary heap in a plain list, `loop._scheduled`, which heapq understands too: patched loops pop

@@ -7,6 +7,8 @@
 cdef enum:
     EVENTS_PER_TURN = 32  # docs/decisions.md 10
 
+cdef double GIL_KEPT_MAX_S = 500e-6
+
 cdef double SELECT_TIMEOUT_MAX_S = 24 * 3600
 cdef object tuple_new = tuple.__new__
 cdef object run_once_of_asyncio = asyncio.SelectorEventLoop._run_once
@@ -16,6 +18,11 @@ cdef enum SendPolicy:
     SEND_NOW
     SEND_CALLBACK
     SEND_TURN
+
+cdef struct FirstTry:
+    int fd, err
+    iovec piece
+    Py_ssize_t size, sent
 
 # Whoever replaces one of these wants to be asked at every step.
 cdef tuple BUILDING_BLOCKS = (
@@ -37,19 +44,21 @@ cdef class LoopCore:
     cdef object thread_id
     cdef ReadyQueue ready
     cdef ul_fdmon *monitor
-    cdef object fdmon, selector  # fdmon owns the monitor
+    cdef object fdmon, monitor_owner, selector
     cdef dict keys               # descriptor -> SelectorKey of add_reader() and add_writer()
     cdef bint stepwise           # asyncio's own turn, because a building block was replaced
     cdef bint awake              # running callbacks: the ready queue is looked at before the kernel is
     cdef bint woken              # the wake-up byte is under way
+    cdef double gil_shared_s
+    cdef bint shares_gil         # this turn's answers leave together, without the GIL
     cdef bint in_pass            # writes may wait, for the end of their callback or of the turn
     cdef SendPolicy send_policy
     cdef list unsent             # transports with writes that wait
+    cdef StreamTransport answering  # the one whose read callback runs: its writes leave when that returns
     cdef set watched             # transports that the monitor watches: they live as long as that
     cdef PyObject **transports   # by descriptor, borrowed
     cdef int transports_size
-    cdef object read_buffer      # bytes; plain memory as long as nobody else holds it
-    cdef Py_ssize_t read_size
+    cdef ReadMemory memory
 
     def __cinit__(self, *args, **kwargs):
         self.closed = True  # nothing to close before asyncio's __init__ has run
@@ -65,12 +74,14 @@ cdef class LoopCore:
         """Takes over the selector's monitor. Before asyncio's __init__, which watches the wake-up descriptor."""
         self.selector = selector
         self.fdmon = selector._fdmon
-        self.monitor = <ul_fdmon *><size_t>self.fdmon.pointer()
+        address, self.monitor_owner = self.fdmon.pointer()
+        self.monitor = <ul_fdmon *><size_t>address
         if self.monitor.layout != UL_FDMON_LAYOUT:
             raise ImportError("uringloop's two extensions were built from different sources; install it again")
         self.keys = selector._fd_to_key
         self.send_policy = {"now": SEND_NOW, "callback": SEND_CALLBACK, "turn": SEND_TURN}[send_policy]
-        self.read_size = read_size
+        self.memory = ReadMemory()
+        self.memory.size = read_size
         self.examine_building_blocks()
 
     @property
@@ -128,11 +139,15 @@ cdef class LoopCore:
 
     # -- calling soon and later --
 
-    cdef inline int check_usable(self, object callback, str method) except -1:
+    cdef inline int check_open(self) except -1:
         if self.closed:
             raise RuntimeError("Event loop is closed")
-        if self._debug and callback is not None:
-            if method is not "call_soon_threadsafe":
+        return 0
+
+    cdef inline int check_call(self, object callback, str method, bint in_thread) except -1:
+        self.check_open()
+        if self._debug:
+            if in_thread:
                 self._check_thread()
             self._check_callback(callback, method)
         return 0
@@ -147,20 +162,24 @@ cdef class LoopCore:
         if self.stepwise:
             self.call_soon(callback, *args, context=context)
         else:
-            self.check_usable(None, None)
+            self.check_open()
             self.queue(callback, args, context)
         return 0
 
     def call_soon(self, callback, *args, context=None):
-        self.check_usable(callback, "call_soon")
+        self.check_call(callback, "call_soon", True)
         return self.queue(callback, args, context)
 
     def call_soon_threadsafe(self, callback, *args, context=None):
-        self.check_usable(callback, "call_soon_threadsafe")
+        self.check_call(callback, "call_soon_threadsafe", False)
         cdef Handle handle = self.queue(callback, args, context)
-        if not self.awake and not self.woken:
-            self.woken = True
-            self._write_to_self()
+        if not self.awake and (self.stepwise or not self.woken):
+            self.woken = True  # before the write, which lets the GIL go: the loop may wake and wait again meanwhile
+            try:
+                self._write_to_self()
+            except BaseException:
+                self.woken = False
+                raise
         return handle
 
     cdef TimerHandle schedule(self, double when, object given, object callback, object args, object context):
@@ -177,13 +196,13 @@ cdef class LoopCore:
             if delay is None:
                 raise TypeError("delay must not be None")
             return self.call_at(self.time() + delay, callback, *args, context=context)
-        self.check_usable(callback, "call_at")
+        self.check_call(callback, "call_at", True)
         return self.schedule(monotonic() + <double>delay, None, callback, args, context)
 
     def call_at(self, when, callback, *args, context=None):
         if when is None:
             raise TypeError("when cannot be None")
-        self.check_usable(callback, "call_at")
+        self.check_call(callback, "call_at", True)
         return self.schedule(<double>when, when, callback, args, context)
 
     def _timer_handle_cancelled(self, handle):
@@ -214,7 +233,7 @@ cdef class LoopCore:
     def create_task(self, coro, **kwargs):
         if kwargs or self._debug or self._task_factory is not None:
             return create_task_of_asyncio(self, coro, **kwargs)
-        self.check_usable(None, None)
+        self.check_open()
         return tasks.Task(coro, loop=self)
 
     # -- the turn --
@@ -223,6 +242,10 @@ cdef class LoopCore:
         if self.stepwise:
             run_once_of_asyncio(self)
             return
+        if self.monitor == NULL:
+            raise RuntimeError("this loop was never initialised")
+        if self.in_pass or self.unsent:  # a turn within a callback; or the last one ended in an exception
+            self._before_select()
         self.sweep_timers()
         self.poll(self.timeout_ns())
         self.collect_due_timers()
@@ -230,10 +253,9 @@ cdef class LoopCore:
         try:
             self.run_ready()
         finally:
-            self.in_pass = False
+            self.awake = self.in_pass = False
             if self.unsent:
                 self.send_unsent()
-            self.awake = False
 
     cdef int sweep_timers(self) except -1:
         """Drops cancelled timers: from the top, and from everywhere when half of them are, as asyncio does."""
@@ -262,20 +284,21 @@ cdef class LoopCore:
         if not PyList_GET_SIZE(self._scheduled):
             return -1
         timeout_s = first_due(self._scheduled) - monotonic()
-        if timeout_s <= 0:
+        if not timeout_s > 0:  # nan, which sorts anywhere, is due
             return 0
         return <int64_t>ceil((timeout_s if timeout_s < SELECT_TIMEOUT_MAX_S else SELECT_TIMEOUT_MAX_S) * 1e9)
 
     cdef int poll(self, int64_t timeout_ns) except -1:
-        """One turn of the monitor. The GIL is kept when it cannot block: letting it go costs more than asking."""
+        """One turn of the monitor. The GIL is kept when that cannot block: letting it go costs more than asking."""
         cdef ul_event events[EVENTS_PER_TURN]
         cdef int n, i
-        if timeout_ns == 0:
+        self.woken = False
+        if timeout_ns == 0 and not self.shares_gil:
             n = ul_fdmon_turn(self.monitor, 0, events, EVENTS_PER_TURN)
-        else:
-            self.woken = False
+        else:  # it may block, or the last turn had nothing to send
             with nogil:
                 n = ul_fdmon_turn(self.monitor, timeout_ns, events, EVENTS_PER_TURN)
+        self.share_gil()
         if n < 0:
             raise self.fdmon.error(n)
         if n & UL_DOWNGRADED:
@@ -285,10 +308,26 @@ cdef class LoopCore:
             self.deliver(events[i].fd, events[i].events)
         return 0
 
+    cdef int share_gil(self) except -1:
+        """Every half a millisecond a loop that is never idle sends the answers of one turn without the GIL.
+
+        A thread that waits for it needs some microseconds to wake up, and would find it taken again after one
+        short system call: it takes a row of them. Without this it waits for the interpreter's switch interval of
+        5 ms. Nothing is done for a process without other threads. docs/decisions.md 17
+        """
+        cdef double now = monotonic()
+        self.shares_gil = False
+        if now > self.gil_shared_s + GIL_KEPT_MAX_S:
+            self.gil_shared_s = now
+            self.shares_gil = PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get())) != NULL
+        return 0
+
     cdef int deliver(self, int fd, uint32_t events) except -1:
         cdef StreamTransport transport = self.transport_at(fd)
-        if transport is not None and transport.interest:
-            return transport.notice(events)
+        if transport is not None and transport.interest & events:
+            transport.notice(events)
+            if not self.keys:
+                return 0
         cdef PyObject *found = PyDict_GetItemWithError(self.keys, fd)
         if found == NULL:
             return 0
@@ -313,7 +352,7 @@ cdef class LoopCore:
             return 0
         now = monotonic()
         end = max(now + self._clock_resolution, nextafter(now, INFINITY))
-        while PyList_GET_SIZE(heap) and first_due(heap) < end:
+        while PyList_GET_SIZE(heap) and not first_due(heap) >= end:
             timer = heap_pop(heap)
             timer._scheduled = False
             self.ready.push(timer)
@@ -345,8 +384,7 @@ cdef class LoopCore:
             entry._run()
             took = monotonic() - started
             if took >= self.slow_callback_duration:
-                text = repr(entry) if isinstance(entry, StreamTransport) else format_handle(entry)
-                logger.warning("Executing %s took %.3f seconds", text, took)
+                base_events.logger.warning("Executing %s took %.3f seconds", base_events._format_handle(entry), took)
         finally:
             self._current_handle = None
         return 0
@@ -357,6 +395,9 @@ cdef class LoopCore:
         cdef Py_ssize_t sent = 0
         cdef StreamTransport transport
         self.unsent = []
+        if self.shares_gil:
+            self.shares_gil = False
+            self.send_without_gil(unsent)
         try:
             for transport in unsent:
                 sent += 1
@@ -367,29 +408,64 @@ cdef class LoopCore:
                 self.unsent += unsent[sent:]
         return 0
 
+    cdef int send_without_gil(self, list unsent) except -1:
+        """Tries what consists of one chunk; the rest is left to `send_unsent`."""
+        cdef FirstTry tries[EVENTS_PER_TURN]
+        cdef int count = 0, i
+        cdef StreamTransport transport
+        cdef list held = []  # another thread may drop the transports and their chunks meanwhile
+        for transport in unsent:
+            if count < EVENTS_PER_TURN and transport.send_waits and transport.end - transport.first == 1:
+                held.append((transport, <object>transport.chunks[transport.first]))
+                tries[count].fd = transport.fd
+                transport.gather(&tries[count].piece, &tries[count].size)
+                count += 1
+        with nogil:
+            for i in range(count):
+                tries[i].sent = send(tries[i].fd, tries[i].piece.iov_base, tries[i].size, MSG_DONTWAIT | MSG_NOSIGNAL)
+                tries[i].err = errno
+        for i in range(count):
+            transport = held[i][0]
+            if transport.send_waits:
+                transport.send_waits = False
+                transport.after_first_try(transport.take_result(tries[i].sent, tries[i].err))
+        return 0
+
     # -- for asyncio's own turn: its selector hands the events of our transports to us --
 
     def _before_select(self):
         """A nested or foreign turn is about to wait: nothing may wait for the end of ours."""
-        self.awake = self.woken = False
+        self.awake = self.in_pass = self.woken = False
+        self._send_unsent()
+
+    def _send_unsent(self):
+        """Sends what waits for the end of a callback or of the turn."""
+        cdef StreamTransport transport = self.answering
+        if transport is not None and transport.send_waits:
+            transport.send_waiting()
         if self.unsent:
             self.send_unsent()
 
     def _deliver_to_transport(self, int fd, uint32_t events):
-        """True when the descriptor is one of our transports', which has then been queued."""
         cdef StreamTransport transport = self.transport_at(fd)
-        if transport is None or not transport.interest:
-            return False
-        transport.notice(events)
-        return True
+        if transport is not None:
+            transport.notice(events)
 
     # -- descriptors --
 
-    cdef inline int update(self, int fd, uint32_t events) except -1:
-        cdef int result = ul_fdmon_update(self.monitor, fd, events)
-        if result < 0:
+    cdef int update(self, int fd, uint32_t wanted_by_keys) except -1:
+        """Has the monitor watch a descriptor for its transport and for add_reader() and add_writer(), which meet
+        on it during sendfile, or when the transport is closing."""
+        cdef StreamTransport transport = self.transport_at(fd)
+        cdef uint32_t events = wanted_by_keys | (0 if transport is None else transport.interest)
+        cdef int result = ul_fdmon_update(self.monitor, fd, events) if self.monitor != NULL else -EBADF
+        if result < 0 and (events or not self.fdmon.closed):
             raise self.fdmon.error(result)
         return 0
+
+    cdef uint32_t wanted_by_keys(self, int fd) except? 0xffff:
+        key = self.keys.get(fd) if self.keys else None
+        return 0 if key is None else key[2]
 
     def _add_reader(self, fd, callback, *args, context=None):
         return self.watch(fd, UL_READ, callback, args, context)
@@ -404,7 +480,7 @@ cdef class LoopCore:
         return self.unwatch(fd, UL_WRITE)
 
     cdef Handle watch(self, file, uint32_t event, callback, tuple args, context):
-        self.check_usable(None, None)
+        self.check_open()
         cdef Handle handle = init_handle(Handle.__new__(Handle), self, callback, args, context)
         cdef int fd = self.selector._descriptor(file)
         key = self.keys.get(fd)

@@ -17,6 +17,16 @@ cdef class Entry:
     def _cancelled(self):
         return self.is_cancelled()
 
+    # What asyncio asks of any handle when it reports or logs.
+
+    @property
+    def _callback(self):
+        return None
+
+    @property
+    def _source_traceback(self):
+        return None
+
     def _run(self):
         self.run()
 
@@ -32,19 +42,29 @@ cdef class ReadyQueue:
     def __cinit__(self):
         self.replace_ring([None] * 64)
 
-    cdef void replace_ring(self, list ring):
+    cdef int replace_ring(self, list ring) except -1:
         self.ring = ring
         self.slots = PySequence_Fast_ITEMS(ring)
         self.mask = PyList_GET_SIZE(ring) - 1
         self.head = 0
+        return 0
 
     cdef int grow(self) except -1:
-        cdef list items = list(self)
-        self.replace_ring(items + [None] * len(items))
+        """Doubles the ring. Up to 3.11 an allocation may collect garbage, and a finalizer may push or even grow:
+        allocate first, look again, then move the references without allocating."""
+        cdef list ring = [None] * (2 * (self.mask + 1)), _before
+        cdef PyObject **slots = PySequence_Fast_ITEMS(ring)
+        cdef Py_ssize_t i
+        if self.count <= self.mask or PyList_GET_SIZE(ring) <= self.count:
+            return 0
+        for i in range(self.count):
+            slots[i], self.slots[(self.head + i) & self.mask] = self.slots[(self.head + i) & self.mask], slots[i]
+        _before = self.ring  # holds None alone, and is dropped last
+        self.replace_ring(ring)
         return 0
 
     cdef inline int push(self, object entry) except -1:
-        if self.count > self.mask:
+        while self.count > self.mask:
             self.grow()
         cdef PyObject **slot = &self.slots[(self.head + self.count) & self.mask]
         Py_INCREF(entry)

@@ -8,7 +8,6 @@
 
 cdef enum:
     CHUNKS_PER_SEND = 64     # of one sendmsg(); more of them take another one
-    SHARED_MIN = 64 * 1024   # what is received in pieces from here on is handed over where it lies
     RELEASE_GIL_MIN = 64 * 1024  # bytes of one send
 
 cdef object NAME_DATA_RECEIVED = "data_received", NAME_BUFFER_UPDATED = "buffer_updated"
@@ -41,12 +40,14 @@ cdef class StreamTransport(Entry):
     cdef Py_ssize_t offset, buffer_size  # how much of the first was sent; what is left in all
     cdef object high_water, low_water
     cdef Py_ssize_t high_bytes
-    cdef public Py_ssize_t max_size  # of one read
+    cdef Py_ssize_t read_max    # bytes of one read
+    cdef const int *sock_fd     # the number inside the socket object, or NULL: somebody may close that
     cdef public object _start_tls_compatible, _sendfile_compatible
     cdef bint hidden            # asyncio's sendfile has taken it out of loop._transports for a while
 
     def __cinit__(self, *args, **kwargs):
         self.fd = self.fd_shown = -1
+        self.closing, self.lost = True, 1  # until start()
         self._start_tls_compatible, self._sendfile_compatible = True, constants._SendfileMode.TRY_NATIVE
         self.high_water, self.low_water, self.high_bytes = 65536, 16384, 65536
 
@@ -55,15 +56,18 @@ cdef class StreamTransport(Entry):
         free(self.chunks)
 
     def __init__(self, LoopCore loop, sock, protocol, waiter=None, extra=None, server=None, context=None):
+        if self.fd >= 0:
+            raise RuntimeError("a transport is made once")
         extra = dict(extra or ())
         peername = extra.pop("peername") if "peername" in extra else address_or_none(sock.getpeername)
         self.sock = sock
+        self.sock_fd = number_in_socket(sock)
         self.extra = extra
         self.start(loop, sock.fileno(), address_or_none(sock.getsockname), peername, protocol, waiter, server, context)
 
     cdef int start(self, LoopCore loop, int fd, sockname, peername, protocol, waiter, server, context) except -1:
         self.loop = loop
-        self.max_size = loop.read_size
+        self.read_max = loop.memory.size
         self.sockname, self.peername, self.context = sockname, peername, context
         self.set_protocol(protocol)
         if server is not None:
@@ -73,6 +77,7 @@ cdef class StreamTransport(Entry):
                 server._attach()
             self.server = server
         self.fd = self.fd_shown = fd  # from here on it is ours to close
+        self.closing, self.lost = False, 0
         loop.enter_transport(self)
         loop.call_soon_natively(protocol.connection_made, (self,), context)
         # connection_made() comes before the first byte, and before the waiter wakes.
@@ -84,12 +89,17 @@ cdef class StreamTransport(Entry):
     # -- watching --
 
     cdef int watch(self, uint32_t interest) except -1:
+        cdef uint32_t before = self.interest
         self.noticed &= interest
-        if interest == self.interest:
+        if interest == before:
             return 0
-        if not self.loop.closed:
-            self.loop.update(self.fd, interest)
         self.interest = interest
+        if not self.loop.closed and self.loop.transport_at(self.fd) is self:
+            try:
+                self.loop.update(self.fd, self.loop.wanted_by_keys(self.fd))
+            except BaseException:
+                self.interest = before
+                raise
         if interest:
             self.loop.watched.add(self)
         else:
@@ -140,10 +150,8 @@ cdef class StreamTransport(Entry):
             try:
                 if event == UL_WRITE:
                     self.write_ready()
-                elif self.buffered:
-                    self.read_buffered()
                 else:
-                    self.read_data()
+                    self.read_and_answer()
             finally:
                 PyContext_Exit(context)
         except (SystemExit, KeyboardInterrupt):
@@ -153,44 +161,72 @@ cdef class StreamTransport(Entry):
             init_handle(Handle.__new__(Handle), loop, callback, (), context).report(exc)
         return 0
 
+    cdef int read_and_answer(self) except -1:
+        cdef LoopCore loop = self.loop
+        cdef StreamTransport before = loop.answering
+        loop.answering = self if loop.in_pass and not loop.shares_gil else None
+        try:
+            if self.buffered:
+                self.read_buffered()
+            else:
+                self.read_data()
+        finally:
+            if loop.answering is self and self.send_waits:
+                self.send_waiting()
+            loop.answering = before
+        return 0
+
     def _read_ready(self):
-        self.read_buffered() if self.buffered else self.read_data()
+        if not self.lost:
+            self.read_and_answer()
 
     def _write_ready(self):
-        self.write_ready()
+        if not self.lost:
+            self.write_ready()
 
     # -- receiving --
 
     cdef int read_data(self) except -1:
-        """One read into memory that stays in the caches; small data leaves it as a copy of its size.
-
-        Large data is handed over where it lies. If the protocol has let go of it when it returns, which is
-        what a parser does, the same memory serves the next read. docs/decisions.md 8 and 15
+        """One read, into memory that stays in the caches. Small data leaves it as a copy of its size; large
+        data is handed over where it lies, and if the protocol has let go of it when it returns, which is what a
+        parser does, the next read goes there again.
         """
-        cdef LoopCore loop = self.loop
-        cdef object data, memory = loop.read_buffer
-        cdef ssize_t size
-        loop.read_buffer = None
-        if memory is None:
-            memory = PyBytes_FromStringAndSize(NULL, loop.read_size)
-        size = recv(self.fd, PyBytes_AS_STRING(memory), min(self.max_size, loop.read_size), MSG_DONTWAIT)
+        cdef ReadMemory memory = self.loop.memory
+        cdef object buffer = memory.take_buffer(), data
+        cdef ssize_t size = self.receive(PyBytes_AS_STRING(buffer), min(self.read_max, memory.size))
+        cdef int err
         if size >= SHARED_MIN and not self.keeps_data:
-            ul_bytes_set_size(memory, size)
-            self.hand_over(memory)
-            if Py_REFCNT(memory) > 1:
+            ul_bytes_set_size(buffer, size)
+            self.hand_over(buffer)
+            if Py_REFCNT(buffer) > 1:
                 self.keeps_data = True
-            elif loop.read_buffer is None:
-                ul_bytes_set_size(memory, loop.read_size)
-                loop.read_buffer = memory
-        elif size > 0:
-            data = PyBytes_FromStringAndSize(PyBytes_AS_STRING(memory), size)
-            loop.read_buffer = memory
-            memory = None
-            self.hand_over(data)
-        else:
-            loop.read_buffer = memory
-            self.nothing_read(size)
-        return 0
+            else:
+                memory.give_back(buffer)
+            return 0
+        if size <= 0:
+            err = errno
+            memory.give_back(buffer)
+            return self.nothing_read(size, err)
+        try:
+            data = memory.small(PyBytes_AS_STRING(buffer), size)
+        except MemoryError as exc:  # what was received is lost, and so is the connection
+            self._fatal_error(exc, "Fatal read error on socket transport")
+            return 0
+        memory.give_back(buffer)
+        return self.hand_over(data)
+
+    cdef inline ssize_t receive(self, void *memory, size_t size) noexcept:
+        if self.number_is_lost():
+            return -1
+        return recv(self.fd, memory, size, MSG_DONTWAIT)
+
+    cdef inline bint number_is_lost(self) noexcept:
+        """True, with errno set, when the socket was closed behind the transport's back: the number may be
+        another connection's by now."""
+        if self.sock_fd == NULL or self.sock_fd[0] == self.fd:
+            return False
+        set_errno(EBADF)
+        return True
 
     cdef int hand_over(self, object data) except -1:
         cdef object protocol = self.protocol
@@ -203,16 +239,17 @@ cdef class StreamTransport(Entry):
         Py_XDECREF(result)
         return 0
 
-    cdef int nothing_read(self, ssize_t size) except -1:
+    cdef int nothing_read(self, ssize_t size, int err) except -1:
         if size == 0:
             return self.end_received()
-        if errno != EAGAIN and errno != EINTR:
-            self._fatal_error(os_error(errno), "Fatal read error on socket transport")
+        if err != EAGAIN and err != EINTR:
+            self._fatal_error(os_error(err), "Fatal read error on socket transport")
         return 0
 
     cdef int read_buffered(self) except -1:
         cdef Py_buffer view
         cdef ssize_t size
+        cdef int err
         try:
             buffer = self.protocol.get_buffer(-1)
             if not len(buffer):
@@ -228,10 +265,11 @@ cdef class StreamTransport(Entry):
             kind = f"recv_into() argument 1 must be read-write bytes-like object, not {type(buffer).__name__}"
             self._fatal_error(TypeError(kind), "Fatal read error on socket transport")
             return 0
-        size = recv(self.fd, view.buf, view.len, MSG_DONTWAIT)
+        size = self.receive(view.buf, view.len)
+        err = errno
         PyBuffer_Release(&view)
         if size <= 0:
-            return self.nothing_read(size)
+            return self.nothing_read(size, err)
         try:
             self.protocol.buffer_updated(size)
         except (SystemExit, KeyboardInterrupt):
@@ -242,7 +280,7 @@ cdef class StreamTransport(Entry):
 
     cdef int end_received(self) except -1:
         if self.loop._debug:
-            logger.debug("%r received EOF", self)
+            selector_events.logger.debug("%r received EOF", self)
         try:
             keep_open = self.protocol.eof_received()
         except (SystemExit, KeyboardInterrupt):
@@ -293,7 +331,7 @@ cdef class StreamTransport(Entry):
         if not self.lost:
             return False
         if self.lost >= constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES:
-            logger.warning("socket.send() raised exception.")
+            selector_events.logger.warning("socket.send() raised exception.")
         self.lost += 1
         return True
 
@@ -335,8 +373,9 @@ cdef class StreamTransport(Entry):
             self.send_waiting()
         elif not self.send_waits:
             self.send_waits = True
-            self.write_context = self.callback_context()
-            self.loop.unsent.append(self)
+            if self.loop.answering is not self:
+                self.write_context = self.callback_context()
+                self.loop.unsent.append(self)
         return 0
 
     cdef int send_or_copy(self, data) except -1:
@@ -350,7 +389,7 @@ cdef class StreamTransport(Entry):
             return 0
         try:
             if not self.buffer_size:
-                sent = send_bytes(self.fd, view.buf, view.len)
+                sent = -1 if self.number_is_lost() else send_bytes(self.fd, view.buf, view.len)
                 if sent < 0:
                     if errno != EAGAIN and errno != EINTR:
                         self._fatal_error(os_error(errno), "Fatal write error on socket transport")
@@ -374,14 +413,21 @@ cdef class StreamTransport(Entry):
     cdef int send_waiting(self) except -1:
         """The first try for what was queued."""
         self.send_waits = False
-        cdef int err = self.send_chunks()
+        return self.after_first_try(self.send_chunks())
+
+    cdef int after_first_try(self, int err) except -1:
         if err:
             self._fatal_error(os_error(err), "Fatal write error on socket transport")
         elif self.buffer_size:
-            self.start_writing()
-            self.maybe_pause_protocol()
+            try:
+                self.start_writing()
+            except OSError as exc:
+                self._fatal_error(exc, "Fatal write error on socket transport")
+            else:
+                self.maybe_pause_protocol()
         else:
             self.write_context = None
+            self.maybe_resume_protocol()
         return 0
 
     cdef int write_ready(self) except -1:
@@ -410,16 +456,21 @@ cdef class StreamTransport(Entry):
         cdef iovec pieces[CHUNKS_PER_SEND]
         cdef Py_ssize_t count, total
         cdef ssize_t sent
+        cdef int err
         while self.buffer_size:
             count = self.gather(pieces, &total)
-            sent = send_pieces(self.fd, pieces, count, total)
-            if sent < 0:
-                return 0 if errno == EAGAIN or errno == EINTR else errno
-            if sent > self.buffer_size:  # another thread, which has no business here, has aborted meanwhile
-                break
+            sent = -1 if self.number_is_lost() else send_pieces(self.fd, pieces, count, total)
+            err = self.take_result(sent, errno)
+            if err or sent < total:
+                return err
+        return 0
+
+    cdef int take_result(self, ssize_t sent, int err) except -1:
+        """Of a send: drops what was sent; returns 0, or the errno that ends the connection."""
+        if sent < 0:
+            return 0 if err == EAGAIN or err == EINTR else err
+        if sent <= self.buffer_size:  # else another thread, which has no business here, has aborted meanwhile
             self.drop_sent(sent)
-            if sent < total:
-                break
         return 0
 
     cdef Py_ssize_t gather(self, iovec *pieces, Py_ssize_t *total) noexcept:
@@ -510,6 +561,8 @@ cdef class StreamTransport(Entry):
             raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
         self.high_water, self.low_water = high, low
         self.high_bytes = int(min(high, sys.maxsize))
+        if self.send_waits:
+            self.send_waiting()
         self.maybe_pause_protocol()
 
     def get_write_buffer_limits(self):
@@ -527,7 +580,7 @@ cdef class StreamTransport(Entry):
         self.paused = True
         self.watch(self.interest & ~UL_READ)
         if self.loop._debug:
-            logger.debug("%r pauses reading", self)
+            selector_events.logger.debug("%r pauses reading", self)
 
     def resume_reading(self):
         if self.closing or not self.paused:
@@ -535,7 +588,7 @@ cdef class StreamTransport(Entry):
         self.paused = False
         self._start_reading()
         if self.loop._debug:
-            logger.debug("%r resumes reading", self)
+            selector_events.logger.debug("%r resumes reading", self)
 
     # -- its end --
 
@@ -555,14 +608,13 @@ cdef class StreamTransport(Entry):
             self.loop.call_soon_natively(self._call_connection_lost, (None,), self.context)
 
     def abort(self):
-        # asyncio has sent in write() already what still waits here.
-        if self.send_waits and not self.lost:
-            self.send_chunks()
         self._force_close(None)
 
     def _force_close(self, exc):
         if self.lost:
             return
+        if self.send_waits:  # asyncio has sent it in write()
+            self.send_chunks()
         self.drop_unsent()
         self.closing = True
         self.write_context = None
@@ -584,7 +636,7 @@ cdef class StreamTransport(Entry):
             return
         if isinstance(exc, OSError):
             if self.loop._debug:
-                logger.debug("%r: %s", self, message, exc_info=exc)
+                selector_events.logger.debug("%r: %s", self, message, exc_info=exc)
         else:
             self.loop.call_exception_handler({
                 "message": message,
@@ -605,15 +657,18 @@ cdef class StreamTransport(Entry):
 
     cdef int release(self) except -1:
         """Gives back the descriptor and everything that this transport holds."""
-        cdef int fd = self.fd
         cdef LoopCore loop = self.loop
+        cdef int fd = self.fd
         server, sock = self.server, self.sock
+        _kept = self.protocol, self.read_context, self.write_context  # until the end: dropping them may call us
         if loop is None:
             return 0
+        self.closing, self.lost = True, max(self.lost, 1)
         self.drop_unsent()
         self.watch(0)
         loop.leave_transport(self)
         self.fd = -1
+        self.sock_fd = NULL
         self.loop = self.protocol = self.server = self.sock = None
         self.read_context = self.write_context = self.context = None
         if sock is not None:
@@ -629,8 +684,10 @@ cdef class StreamTransport(Entry):
 
     def __del__(self):
         if self.fd >= 0:
-            warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
-            self.release()
+            try:
+                warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+            finally:
+                self.release()
 
     # -- what it is --
 
@@ -662,6 +719,8 @@ cdef class StreamTransport(Entry):
                 closed.close()
                 return closed
             self.sock = socket_module.socket(fileno=self.fd)
+            self.sock.setblocking(False)
+            self.sock_fd = number_in_socket(self.sock)
         return self.sock
 
     def __repr__(self):
@@ -695,6 +754,16 @@ cdef class StreamTransport(Entry):
     @property
     def __class__(self):
         return selector_events._SelectorSocketTransport
+
+    @property
+    def max_size(self):
+        return self.read_max
+
+    @max_size.setter
+    def max_size(self, Py_ssize_t size):
+        if size < 1:
+            raise ValueError(f"max_size must be positive, not {size}")
+        self.read_max = size
 
     @property
     def _loop(self):
@@ -762,6 +831,14 @@ cdef class StreamTransport(Entry):
         return self.low_water
 
 
+cdef const int *number_in_socket(sock) noexcept:
+    """Where a socket object keeps its descriptor: first in CPython's struct, which is looked at to be sure."""
+    cdef const int *number = &(<SocketObject *>sock).sock_fd
+    if isinstance(sock, socket_module.socket) and number[0] == sock.fileno():
+        return number
+    return NULL
+
+
 cdef object address_or_none(ask):
     try:
         return ask()
@@ -770,7 +847,7 @@ cdef object address_or_none(ask):
 
 
 cdef ssize_t send_bytes(int fd, const void *data, size_t size) noexcept:
-    """send(), without the GIL when there is much to copy: another thread's wait for it stays short."""
+    """send(), without the GIL when there is much to copy."""
     cdef ssize_t sent
     if size < RELEASE_GIL_MIN:
         return send(fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
