@@ -5,7 +5,7 @@
 # meanwhile runs in the next pass. A subclass that overrides a building block of the turn gets asyncio's own turn.
 
 cdef enum:
-    EVENTS_PER_TURN = 32  # docs/decisions.md 10
+    EVENTS_PER_TURN = 64  # docs/decisions.md 10
 
 cdef double GIL_KEPT_MAX_S = 500e-6
 
