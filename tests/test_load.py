@@ -11,6 +11,8 @@ import contextlib
 import random
 import resource
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
 
@@ -617,6 +619,34 @@ class BufferedWeathered(Weathered, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self.buffer[:nbytes]))
+
+
+def test_two_writes_around_a_flush_leave_once_beside_another_thread(
+    loop: uringloop.EventLoop,
+) -> None:
+    """Beside another thread a turn's answers leave without the GIL, whatever happened before."""
+    until = threading.Event()
+    other = threading.Thread(target=until.wait)
+
+    async def main() -> bytes:
+        async with wired(Peer) as (protocol, sock):
+            for _ in range(3):
+                time.sleep(0.002)  # noqa: ASYNC251 - a turn that takes longer than the GIL is kept
+                await asyncio.sleep(0)
+                protocol.transport.write(b"a")
+                protocol.transport.set_write_buffer_limits()
+                protocol.transport.write(b"b")
+                protocol.transport.set_write_buffer_limits()
+                protocol.transport.write(b"c")
+            protocol.transport.close()
+            return await read_to_end(sock)
+
+    other.start()
+    try:
+        assert run(loop, main()) == b"abcabcabc"
+    finally:
+        until.set()
+        other.join()
 
 
 def check(one: Weather, other: Weather) -> None:

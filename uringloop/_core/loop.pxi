@@ -117,10 +117,10 @@ cdef class LoopCore:
             self.examine_building_blocks()
 
     cdef int examine_building_blocks(self) except -1:
-        self.stepwise = "select" in vars(self.selector) or not all(map(self.is_original, BUILDING_BLOCKS))
+        self.stepwise = "select" in vars(self.selector) or not all(map(self._is_original, BUILDING_BLOCKS))
         return 0
 
-    def is_original(self, name):
+    def _is_original(self, name):
         """Whether a building block of the turn is asyncio's or ours."""
         if name in vars(self):
             return False
@@ -395,10 +395,10 @@ cdef class LoopCore:
         cdef Py_ssize_t sent = 0
         cdef StreamTransport transport
         self.unsent = []
-        if self.shares_gil:
-            self.shares_gil = False
-            self.send_without_gil(unsent)
         try:
+            if self.shares_gil:
+                self.shares_gil = False
+                self.send_without_gil(unsent)
             for transport in unsent:
                 sent += 1
                 if transport.send_waits:
@@ -416,6 +416,7 @@ cdef class LoopCore:
         cdef list held = []  # another thread may drop the transports and their chunks meanwhile
         for transport in unsent:
             if count < EVENTS_PER_TURN and transport.send_waits and transport.end - transport.first == 1:
+                transport.send_waits = False  # it may stand in the list twice
                 held.append((transport, <object>transport.chunks[transport.first]))
                 tries[count].fd = transport.fd
                 transport.gather(&tries[count].piece, &tries[count].size)
@@ -426,9 +427,18 @@ cdef class LoopCore:
                 tries[i].err = errno
         for i in range(count):
             transport = held[i][0]
-            if transport.send_waits:
-                transport.send_waits = False
-                transport.after_first_try(transport.take_result(tries[i].sent, tries[i].err))
+            tries[i].err = transport.take_result(tries[i].sent, tries[i].err)
+        i = 0
+        try:
+            while i < count:
+                transport = held[i][0]
+                i += 1
+                if not transport.lost:
+                    transport.after_first_try(tries[i - 1].err)
+        finally:
+            for transport, _ in held[i:]:  # an exception handler let KeyboardInterrupt through
+                transport.send_waits = True
+                self.unsent.append(transport)
         return 0
 
     # -- for asyncio's own turn: its selector hands the events of our transports to us --

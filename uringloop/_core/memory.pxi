@@ -6,7 +6,7 @@
 # holds is never touched. Numbers: docs/decisions.md 8.
 
 cdef enum:
-    SHARED_MIN = 64 * 1024  # reads from here on are handed over where they lie
+    COPIED_MAX = 64 * 1024  # longer reads are handed over where they lie
     RECENT = 64             # small objects that are looked after; a power of two
     RECENT_MIN = 480        # smaller ones are pymalloc's, which is as fast
     RECENT_MAX = 4096

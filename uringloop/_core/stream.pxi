@@ -195,7 +195,7 @@ cdef class StreamTransport(Entry):
         cdef object buffer = memory.take_buffer(), data
         cdef ssize_t size = self.receive(PyBytes_AS_STRING(buffer), min(self.read_max, memory.size))
         cdef int err
-        if size >= SHARED_MIN and not self.keeps_data:
+        if size > COPIED_MAX and not self.keeps_data:
             ul_bytes_set_size(buffer, size)
             self.hand_over(buffer)
             if Py_REFCNT(buffer) > 1:
