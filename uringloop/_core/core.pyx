@@ -28,7 +28,6 @@ import os
 import selectors
 import socket as socket_module
 import sys
-import warnings
 from asyncio import base_events, constants, events, format_helpers, futures, protocols, selector_events, tasks, trsock
 
 include "cpython.pxi"

@@ -19,6 +19,8 @@ cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(object o)
     void Py_XDECREF(PyObject *o)
     PyTypeObject *Py_TYPE(object o)
+    int PyErr_ResourceWarning(object source, Py_ssize_t stack_level, const char *format, PyObject *argument)
+    void PyErr_WriteUnraisable(object where)
     int PyObject_GenericSetAttr(object o, object name, PyObject *value) except -1
 
 cdef extern from *:

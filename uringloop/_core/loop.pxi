@@ -415,7 +415,9 @@ cdef class LoopCore:
         cdef StreamTransport transport
         cdef list held = []  # another thread may drop the transports and their chunks meanwhile
         for transport in unsent:
-            if count < EVENTS_PER_TURN and transport.send_waits and transport.end - transport.first == 1:
+            if count == EVENTS_PER_TURN:
+                break
+            if transport.send_waits and transport.end - transport.first == 1 and not transport.number_is_lost():
                 transport.send_waits = False  # it may stand in the list twice
                 held.append((transport, <object>transport.chunks[transport.first]))
                 tries[count].fd = transport.fd

@@ -684,10 +684,9 @@ cdef class StreamTransport(Entry):
 
     def __del__(self):
         if self.fd >= 0:
-            try:
-                warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
-            finally:
-                self.release()
+            if PyErr_ResourceWarning(self, 1, "unclosed transport %R", <PyObject *>self) < 0:
+                PyErr_WriteUnraisable(self)  # warnings are errors here; what follows happens all the same
+            self.release()
 
     # -- what it is --
 
