@@ -14,6 +14,9 @@ cdef object tuple_new = tuple.__new__
 cdef object run_once_of_asyncio = asyncio.SelectorEventLoop._run_once
 cdef object create_task_of_asyncio = asyncio.SelectorEventLoop.create_task
 
+# Since 3.14 a handle's cancel() from another thread waits for its running callback: asyncio's own class does that.
+cdef object ThreadSafeHandle = getattr(events, "_ThreadSafeHandle", None)
+
 cdef enum SendPolicy:
     SEND_NOW
     SEND_CALLBACK
@@ -172,7 +175,12 @@ cdef class LoopCore:
 
     def call_soon_threadsafe(self, callback, *args, context=None):
         self.check_call(callback, "call_soon_threadsafe", False)
-        cdef Handle handle = self.queue(callback, args, context)
+        cdef object handle
+        if ThreadSafeHandle is None:
+            handle = self.queue(callback, args, context)
+        else:
+            handle = ThreadSafeHandle(callback, args, self, context)
+            self.ready.push(handle)
         if not self.awake and (self.stepwise or not self.woken):
             self.woken = True  # before the write, which lets the GIL go: the loop may wake and wait again meanwhile
             try:

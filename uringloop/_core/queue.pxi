@@ -96,16 +96,6 @@ cdef class ReadyQueue:
         while self.count:
             self.pop()
 
-    def remove(self, entry):
-        entries = list(self)
-        entries.remove(entry)
-        self.clear()
-        for entry in entries:
-            self.push(entry)
-
-    def __getitem__(self, i):
-        return list(self)[i]
-
     def __len__(self):
         return self.count
 
