@@ -125,7 +125,6 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         ssl_shutdown_timeout: Any = None,
         **kwargs: Any,
     ) -> Any:
-        self._ensure_fd_no_transport(rawsock)  # type: ignore[attr-defined]
         ssl_protocol: Any = sslproto.SSLProtocol(
             self,
             protocol,
@@ -137,8 +136,7 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
         ssl_protocol.max_size = _READ_MAX_BYTES
-        _set_nodelay(rawsock)
-        _core.StreamTransport(self, rawsock, ssl_protocol, **kwargs)
+        self._make_socket_transport(rawsock, ssl_protocol, **kwargs)
         return ssl_protocol._app_transport
 
     def _make_datagram_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,6 @@ cdef extern from "Python.h":
     int PyContext_Exit(object context)
     PyObject *PyObject_Vectorcall(PyObject *callable, PyObject **args, size_t nargs, PyObject *names)
     PyObject *PyObject_VectorcallMethod(PyObject *name, PyObject **args, size_t nargs, PyObject *names)
-    size_t PY_VECTORCALL_ARGUMENTS_OFFSET
     Py_ssize_t PyTuple_GET_SIZE(object tuple)
     PyObject **PySequence_Fast_ITEMS(object sequence)
     PyObject *PyDict_GetItemWithError(object mapping, object key) except? NULL
@@ -71,7 +70,7 @@ cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
     struct sockaddr:
         unsigned short sa_family
-    int AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOCK_NONBLOCK, SOCK_CLOEXEC, SOCK_STREAM
+    int AF_INET, AF_INET6, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOCK_NONBLOCK, SOCK_CLOEXEC
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)

@@ -10,7 +10,7 @@ cdef enum:
     CHUNKS_PER_SEND = 64     # of one sendmsg(); more of them take another one
     RELEASE_GIL_MIN = 64 * 1024  # bytes of one send
 
-cdef object NAME_DATA_RECEIVED = "data_received", NAME_BUFFER_UPDATED = "buffer_updated"
+cdef object NAME_DATA_RECEIVED = "data_received"
 cdef str WRITE_TAKES = (
     "data argument must be a bytes-like object" if sys.version_info < (3, 14)
     else "data argument must be a bytes, bytearray, or memoryview object"
