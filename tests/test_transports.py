@@ -103,6 +103,34 @@ def reports_of(loop: AnyLoop) -> list[Report]:
     return reports
 
 
+def test_what_only_looks_like_a_socket_is_used_by_its_methods(contract_loop: AnyLoop) -> None:
+    """A wrapper counts, records or encrypts: going to its descriptor would pass it by."""
+
+    class Wrapper:
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock, self.sent = sock, bytearray()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.sock, name)
+
+        def send(self, data: Any) -> int:
+            self.sent += bytes(data)
+            return self.sock.send(data)
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        wrapper = Wrapper(ours)
+        transport, peer = await contract_loop.create_connection(Peer, sock=cast("Any", wrapper))
+        transport.write(b"counted")
+        assert theirs.recv(100) == wrapper.sent == b"counted"
+        transport.close()
+        await peer.until(lambda: peer.is_lost)
+        theirs.close()
+
+    run(contract_loop, main())
+
+
 # ---------------------------------------------------------------------------------------- contexts
 
 VAR: contextvars.ContextVar[str] = contextvars.ContextVar("VAR", default="nothing")

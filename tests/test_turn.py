@@ -1404,6 +1404,36 @@ def test_threads_may_cancel_what_they_scheduled(loop: Any) -> None:
     assert kept == sorted(set(kept))
 
 
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="before 3.14 cancel() does not wait")
+@pytest.mark.parametrize("method", ["cancel", "cancelled"])
+def test_another_thread_s_cancel_waits_for_the_running_callback(loop: Any, method: str) -> None:
+    asked = threading.Event()
+    order: list[str] = []
+
+    def callback() -> None:
+        asked.wait(10)
+        time.sleep(0.05)
+        getattr(handle, method)()  # of its own thread: waits for nothing
+        order.append("callback ends")
+
+    def other() -> None:
+        while not started:
+            time.sleep(0.001)
+        asked.set()
+        getattr(handle, method)()
+        order.append("asked")
+        loop.call_soon_threadsafe(loop.stop)
+
+    started: list[bool] = []
+    loop.call_soon(started.append, True)
+    handle = loop.call_soon_threadsafe(callback)
+    thread = threading.Thread(target=other)
+    thread.start()
+    loop.run_forever()
+    thread.join()
+    assert order == ["callback ends", "asked"]
+
+
 def test_calls_made_between_two_runs_are_kept_and_the_next_run_is_woken(loop: Any) -> None:
     order: list[int] = []
     for number in range(3):

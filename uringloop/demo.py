@@ -89,12 +89,7 @@ async def _serve() -> None:
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     await web.SockSite(runner, listener).start()
-    ready = {
-        "port": listener.getsockname()[1],
-        "loop": f"{type(loop).__module__}.{type(loop).__qualname__}",
-        "monitor": getattr(loop, "monitor", None),
-        "fallback_reason": getattr(loop, "fallback_reason", None),
-    }
+    ready = {"port": listener.getsockname()[1], "monitor": getattr(loop, "monitor", None)}
     print(json.dumps(ready), flush=True)
     ended = asyncio.Event()
     os.set_blocking(0, False)
@@ -127,7 +122,6 @@ class Server:
     process: subprocess.Popen[str]
     port: int
     monitor: str | None
-    fallback_reason: str | None
 
     def cpu_s(self) -> float:
         """CPU time spent so far; the clock's number is that of clock_getcpuclockid(3)."""
@@ -156,7 +150,7 @@ def _server(name: str, core: int | None) -> Iterator[Server]:
         if not line:
             raise DemoError(f"the server on {name} did not start (exit {process.wait(STALL_S)})")
         ready = json.loads(line)
-        yield Server(name, process, ready["port"], ready["monitor"], ready["fallback_reason"])
+        yield Server(name, process, ready["port"], ready["monitor"])
     finally:
         process.stdin.close()
         process.stdout.close()
@@ -272,7 +266,6 @@ class Round:
     p90_ms: float
     p99_ms: float
     server_cpu_s: float
-    client_cpu_s: float
 
     @property
     def rate(self) -> float:
@@ -288,11 +281,6 @@ class Round:
     def server_share(self) -> float:
         """How much of a core the server got."""
         return self.server_cpu_s / self.seconds
-
-    @property
-    def client_share(self) -> float:
-        """How much of a core this client got."""
-        return self.client_cpu_s / self.seconds
 
 
 class Client:
@@ -339,7 +327,7 @@ class Client:
 
     def measure(self, seconds: float) -> Round:
         """Drive for so long and sum up."""
-        cpu_s, own_s, begin = self.server.cpu_s(), time.process_time(), time.monotonic()
+        cpu_s, begin = self.server.cpu_s(), time.monotonic()
         latencies_ns = sorted(self.drive(seconds))
         elapsed_s = time.monotonic() - begin
         count = len(latencies_ns)
@@ -354,7 +342,6 @@ class Client:
             p90_ms=percentile_ms(90),
             p99_ms=percentile_ms(99),
             server_cpu_s=self.server.cpu_s() - cpu_s,
-            client_cpu_s=time.process_time() - own_s,
         )
 
 
@@ -366,7 +353,6 @@ class Plan:
     """How the run is laid out."""
 
     connections: int
-    rounds: int
     round_s: float
     server_core: int | None
     client_core: int | None
@@ -377,7 +363,7 @@ def make_plan(seconds: float, connections: int, loops: int) -> Plan:
     cores = sorted(os.sched_getaffinity(0))
     server_core, client_core = (cores[-1], cores[0]) if len(cores) > 1 else (None, None)
     round_s = seconds / (ROUNDS * loops)
-    return Plan(connections, ROUNDS, round_s, server_core, client_core)
+    return Plan(connections, round_s, server_core, client_core)
 
 
 def _label(server: Server) -> str:
@@ -406,42 +392,26 @@ def run_rounds(plan: Plan, names: list[str]) -> tuple[dict[str, list[Round]], di
             stack.callback(client.close)
             client.drive(WARM_UP_S)
             clients.append(client)
-        for _ in range(plan.rounds):
+        for _ in range(ROUNDS):
             for client in random.sample(clients, len(clients)):
                 results[client.server.name].append(client.measure(plan.round_s))
         return results, {server.name: _label(server) for server in servers}
 
 
-def summarize(rounds: list[Round]) -> dict[str, float]:
-    """Medians of the rounds; the lowest and highest rate beside the median one."""
-    rates = [one.rate for one in rounds]
-
-    def middle(field: str) -> float:
-        return round(statistics.median([float(getattr(one, field)) for one in rounds]), 3)
-
-    return {
-        "requests": sum(one.requests for one in rounds),
-        "requests_per_s": round(statistics.median(rates), 1),
-        "requests_per_s_min": round(min(rates), 1),
-        "requests_per_s_max": round(max(rates), 1),
-        "p50_ms": middle("p50_ms"),
-        "p90_ms": middle("p90_ms"),
-        "p99_ms": middle("p99_ms"),
-        "server_cpu_us_per_request": middle("server_cpu_us"),
-        "server_share_of_a_core": middle("server_share"),
-        "client_share_of_a_core": middle("client_share"),
-    }
+def middle(rounds: list[Round], field: str) -> float:
+    """The median of the rounds."""
+    return statistics.median([float(getattr(one, field)) for one in rounds])
 
 
-def ratios(results: dict[str, list[Round]], field: str) -> dict[str, float]:
+def ratios(results: dict[str, list[Round]], field: str) -> str:
     """Compare uringloop with each other loop: the median of the ratios of their rounds."""
 
     def ratio(other: str) -> float:
         pairs = zip(results["uringloop"], results[other], strict=True)
-        values = [float(getattr(a, field) / getattr(b, field)) for a, b in pairs]
-        return round(statistics.median(values), 3)
+        return float(statistics.median([getattr(a, field) / getattr(b, field) for a, b in pairs]))
 
-    return {name: ratio(name) for name in results if name != "uringloop"}
+    others = [name for name in results if name != "uringloop"]
+    return ", ".join(f"{ratio(name):.2f} x {name}'s" for name in others)
 
 
 def render(plan: Plan, results: dict[str, list[Round]], labels: dict[str, str]) -> str:
@@ -450,7 +420,7 @@ def render(plan: Plan, results: dict[str, list[Round]], labels: dict[str, str]) 
     head = f"{'loop':<{width}}{'requests/s':>11}{'(min - max)':>18}"
     lines = [
         "One aiohttp application: of ten requests six JSON, three POST 1 KiB, one GET of 100 KiB.",
-        f"{plan.connections} keep-alive connections; {plan.rounds} rounds of {plan.round_s:.2f} s,",
+        f"{plan.connections} keep-alive connections; {ROUNDS} rounds of {plan.round_s:.2f} s,",
         "loops interleaved; medians of the rounds, and the lowest and highest rate.",
         "",
         head + f"{'p50 ms':>9}{'p90 ms':>9}{'p99 ms':>9}{'server us/request':>19}",
@@ -459,18 +429,18 @@ def render(plan: Plan, results: dict[str, list[Round]], labels: dict[str, str]) 
         if name not in results:
             lines.append(f"{name:<{width}}{MISSING_UVLOOP}")
             continue
-        row = summarize(results[name])
-        span = f"({row['requests_per_s_min']:.0f} - {row['requests_per_s_max']:.0f})"
+        rounds = results[name]
+        rates = [one.rate for one in rounds]
         lines.append(
-            f"{labels[name]:<{width}}{row['requests_per_s']:>11.0f}{span:>18}"
-            f"{row['p50_ms']:>9.2f}{row['p90_ms']:>9.2f}{row['p99_ms']:>9.2f}"
-            f"{row['server_cpu_us_per_request']:>19.0f}"
+            f"{labels[name]:<{width}}{middle(rounds, 'rate'):>11.0f}"
+            f"{f'({min(rates):.0f} - {max(rates):.0f})':>18}"
+            + "".join(f"{middle(rounds, f'p{percent}_ms'):>9.2f}" for percent in (50, 90, 99))
+            + f"{middle(rounds, 'server_cpu_us'):>19.0f}"
         )
     total = sum(one.requests for rounds in results.values() for one in rounds)
     lines += ["", f"{total} answers were compared byte for byte: all right."]
     for what, field in (("Rate", "rate"), ("Server CPU per request", "server_cpu_us")):
-        words = [f"{ratio:.2f} x {name}'s" for name, ratio in ratios(results, field).items()]
-        lines.append(f"{what} of uringloop: {', '.join(words)}.")
+        lines.append(f"{what} of uringloop: {ratios(results, field)}.")
     return "\n".join([*lines, *_notes(plan, results)])
 
 
@@ -478,29 +448,15 @@ def _notes(plan: Plan, results: dict[str, list[Round]]) -> list[str]:
     notes = ["Most of a request is aiohttp's own work; for the loops by themselves: make bench."]
     if plan.server_core is None:
         notes.append("There is one core only: client and server shared it, the rates are low.")
-    rows = {name: summarize(rounds) for name, rounds in results.items()}
-    held_up = [name for name, row in rows.items() if row["server_share_of_a_core"] < SATURATED]
+    held_up = [
+        name for name, rounds in results.items() if middle(rounds, "server_share") < SATURATED
+    ]
     if held_up:
         notes.append(
             f"The server was not saturated on {', '.join(held_up)} (client or other load): trust "
             "CPU, not rates."
         )
     return notes
-
-
-def render_json(plan: Plan, results: dict[str, list[Round]], labels: dict[str, str]) -> str:
-    """Put the run into one JSON object; a loop that is not installed is null."""
-    loops = {
-        name: {"label": labels[name], **summarize(results[name])} if name in results else None
-        for name in LOOPS
-    }
-    report = {
-        "plan": dataclasses.asdict(plan),
-        "loops": loops,
-        "uringloop_rate_to": ratios(results, "rate"),
-        "uringloop_server_cpu_to": ratios(results, "server_cpu_us"),
-    }
-    return json.dumps(report, indent=2)
 
 
 def main(argv: list[str]) -> int:
@@ -511,7 +467,6 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seconds", type=float, default=12.0, help="measuring time in all (12)")
     parser.add_argument("--connections", type=int, default=32, help="kept alive per loop (32)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     arguments = parser.parse_args(argv)
     if arguments.seconds <= 0 or arguments.connections <= 0:
         parser.error("--seconds and --connections must be above zero")
@@ -533,6 +488,5 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("uringloop: the demo was interrupted", file=sys.stderr)
         return 130
-    show = render_json if arguments.json else render
-    print(show(plan, results, labels))
+    print(render(plan, results, labels))
     return 0

@@ -108,6 +108,8 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
     def _make_socket_transport(
         self, sock: Any, protocol: Any, waiter: Any = None, **kwargs: Any
     ) -> Any:
+        if not isinstance(sock, socket.socket):  # only its methods can be used
+            return super()._make_socket_transport(sock, protocol, waiter, **kwargs)  # type: ignore[misc]
         self._ensure_fd_no_transport(sock)  # type: ignore[attr-defined]
         _set_nodelay(sock)
         return _core.StreamTransport(self, sock, protocol, waiter, **kwargs)

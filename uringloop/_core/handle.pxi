@@ -4,6 +4,7 @@
 # and what is rare is asyncio's own code, called with our handle.
 
 cdef object format_callback_source = format_helpers._format_callback_source
+cdef object thread_safe_class = getattr(events, "_ThreadSafeHandle", None)
 cdef bint takes_debug = "debug" in format_callback_source.__code__.co_varnames  # 3.13: arguments only in debug mode
 
 
@@ -109,6 +110,44 @@ cdef class Handle(Entry):
     @property
     def _repr(self):
         return None if self.debug_info is None else self.debug_info[1]
+
+
+@cython.final
+cdef class ThreadSafeHandle(Handle):
+    """What call_soon_threadsafe() returns since 3.14: another thread's cancel() or cancelled() waits while the
+    callback runs. Only then is there anything to lock; asyncio makes a lock for each."""
+
+    cdef unsigned long running_in  # the thread that runs the callback, or 0
+    cdef object finished           # threading.Event, made by who has to wait
+
+    cdef int run(self) except -1:
+        self.running_in = PyThread_get_thread_ident()
+        try:
+            Handle.run(self)
+        finally:
+            self.running_in = 0
+            if self.finished is not None:
+                self.finished.set()
+        return 0
+
+    cdef int wait_for_callback(self) except -1:
+        while self.running_in and self.running_in != PyThread_get_thread_ident():
+            if self.finished is None:
+                self.finished = threading.Event()
+            self.finished.wait()
+        return 0
+
+    def cancel(self):
+        self.wait_for_callback()
+        self.forget()
+
+    def cancelled(self):
+        self.wait_for_callback()
+        return self.cancelled_
+
+    @property
+    def __class__(self):
+        return thread_safe_class
 
 
 @cython.final

@@ -14,9 +14,6 @@ cdef object tuple_new = tuple.__new__
 cdef object run_once_of_asyncio = asyncio.SelectorEventLoop._run_once
 cdef object create_task_of_asyncio = asyncio.SelectorEventLoop.create_task
 
-# Since 3.14 a handle's cancel() from another thread waits for its running callback: asyncio's own class does that.
-cdef object ThreadSafeHandle = getattr(events, "_ThreadSafeHandle", None)
-
 cdef enum SendPolicy:
     SEND_NOW
     SEND_CALLBACK
@@ -175,12 +172,12 @@ cdef class LoopCore:
 
     def call_soon_threadsafe(self, callback, *args, context=None):
         self.check_call(callback, "call_soon_threadsafe", False)
-        cdef object handle
-        if ThreadSafeHandle is None:
-            handle = self.queue(callback, args, context)
+        cdef Handle handle
+        if thread_safe_class is None:
+            handle = Handle.__new__(Handle)
         else:
-            handle = ThreadSafeHandle(callback, args, self, context)
-            self.ready.push(handle)
+            handle = ThreadSafeHandle.__new__(ThreadSafeHandle)
+        self.ready.push(init_handle(handle, self, callback, args, context))
         if not self.awake and (self.stepwise or not self.woken):
             self.woken = True  # before the write, which lets the GIL go: the loop may wake and wait again meanwhile
             try:

@@ -772,6 +772,14 @@ cdef class StreamTransport(Entry):
     def _sock(self):
         return None if self.fd < 0 else self.python_socket()
 
+    @_sock.setter
+    def _sock(self, sock):
+        self.sock, self.sock_fd = sock, number_in_socket(sock)
+
+    @property
+    def _read_ready_cb(self):
+        return None if self.closing else self._read_ready
+
     @property
     def _sock_fd(self):
         return self.fd_shown
