@@ -27,7 +27,7 @@ import weakref
 from asyncio import base_events, sslproto
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -518,6 +518,51 @@ def test_a_message_of_1_kib_maps_no_memory(monitor: str, certificate: tuple[str,
     assert max(found.values()) < 300, found
     if os.confstr("CS_GNU_LIBC_VERSION"):
         assert control > 1000, "this measurement would not notice a mapping per read"
+
+
+class Keeper(asyncio.Protocol):
+    """Holds what its connections received until all of them have."""
+
+    held: ClassVar[list[bytes]] = []
+
+    def data_received(self, data: bytes) -> None:
+        self.held.append(data)
+
+
+def faults_per_turn(monitor: str) -> float:
+    """Page faults while 40 connections bring 40 KiB each and all of it is dropped."""
+
+    async def main() -> float:
+        ends = [socket.socketpair() for _ in range(40)]
+        for ours, _ in ends:
+            await loop.create_connection(Keeper, sock=ours)
+        turns, before = 120, 0
+        for number in range(turns):
+            if number == 20:
+                before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            for _, theirs in ends:
+                theirs.send(bytes(40 * 1024))
+            while sum(map(len, Keeper.held)) < 40 * 1024 * len(ends):
+                await asyncio.sleep(0)
+            Keeper.held.clear()
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+        for pair in ends:
+            for end in pair:
+                end.close()
+        return faults / (turns - 20)
+
+    loop = uringloop.new_event_loop(monitor=monitor)
+    return loop.run_until_complete(main())
+
+
+@pytest.mark.skipif(not os.confstr("CS_GNU_LIBC_VERSION"), reason="it is glibc that trims its heap")
+def test_what_a_turn_frees_stays_with_the_process(monitor: str) -> None:
+    code = "import sys\nfrom tests.test_contract import faults_per_turn as measure\n"
+
+    command = ("-c", code + "print(measure(sys.argv[1]))", monitor)
+    trimming = support.python(*command, cwd=ROOT, MALLOC_TRIM_THRESHOLD_=str(128 * 1024)).stdout
+    assert float(support.python(*command, cwd=ROOT).stdout) < 20
+    assert float(trimming) > 100, "this measurement notices nothing"
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -348,53 +347,40 @@ class Client:
 # ---------------------------------------------------------------------- the run
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How the run is laid out."""
-
-    connections: int
-    round_s: float
-    server_core: int | None
-    client_core: int | None
-
-
-def make_plan(seconds: float, connections: int, loops: int) -> Plan:
-    """Share the time out between loops and rounds; give server and client a core each."""
+def two_cores() -> tuple[int, int] | tuple[None, None]:
+    """A core for the server and another one for the client, where there are two."""
     cores = sorted(os.sched_getaffinity(0))
-    server_core, client_core = (cores[-1], cores[0]) if len(cores) > 1 else (None, None)
-    round_s = seconds / (ROUNDS * loops)
-    return Plan(connections, round_s, server_core, client_core)
+    return (cores[-1], cores[0]) if len(cores) > 1 else (None, None)
 
 
 def _label(server: Server) -> str:
     if server.name == "asyncio":
         return f"asyncio {platform.python_version()}"
-    try:
-        version = importlib.metadata.version(server.name)
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
     monitor = f" ({server.monitor})" if server.monitor else ""
-    return f"{server.name} {version}".strip() + monitor
+    return f"{server.name} {importlib.import_module(server.name).__version__}{monitor}"
 
 
-def run_rounds(plan: Plan, names: list[str]) -> tuple[dict[str, list[Round]], dict[str, str]]:
+def run_rounds(
+    names: list[str], connections: int, round_s: float
+) -> tuple[dict[str, list[Round]], dict[str, str]]:
     """Start all servers, warm each up, then measure them in rounds of fresh random order."""
+    server_core, client_core = two_cores()
     exchanges = make_exchanges(500)
     results: dict[str, list[Round]] = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(_server(name, plan.server_core)) for name in names]
-        if plan.client_core is not None:
+        servers = [stack.enter_context(_server(name, server_core)) for name in names]
+        if client_core is not None:
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {plan.client_core})
+            os.sched_setaffinity(0, {client_core})
         clients = []
         for server in servers:
-            client = Client(server, plan.connections, exchanges)
+            client = Client(server, connections, exchanges)
             stack.callback(client.close)
             client.drive(WARM_UP_S)
             clients.append(client)
         for _ in range(ROUNDS):
             for client in random.sample(clients, len(clients)):
-                results[client.server.name].append(client.measure(plan.round_s))
+                results[client.server.name].append(client.measure(round_s))
         return results, {server.name: _label(server) for server in servers}
 
 
@@ -414,13 +400,13 @@ def ratios(results: dict[str, list[Round]], field: str) -> str:
     return ", ".join(f"{ratio(name):.2f} x {name}'s" for name in others)
 
 
-def render(plan: Plan, results: dict[str, list[Round]], labels: dict[str, str]) -> str:
+def render(results: dict[str, list[Round]], labels: dict[str, str], layout: str) -> str:
     """Put the run into a table and the sentences that belong to it."""
     width = max(len(label) for label in labels.values()) + 2
     head = f"{'loop':<{width}}{'requests/s':>11}{'(min - max)':>18}"
     lines = [
         "One aiohttp application: of ten requests six JSON, three POST 1 KiB, one GET of 100 KiB.",
-        f"{plan.connections} keep-alive connections; {ROUNDS} rounds of {plan.round_s:.2f} s,",
+        layout,
         "loops interleaved; medians of the rounds, and the lowest and highest rate.",
         "",
         head + f"{'p50 ms':>9}{'p90 ms':>9}{'p99 ms':>9}{'server us/request':>19}",
@@ -441,12 +427,12 @@ def render(plan: Plan, results: dict[str, list[Round]], labels: dict[str, str]) 
     lines += ["", f"{total} answers were compared byte for byte: all right."]
     for what, field in (("Rate", "rate"), ("Server CPU per request", "server_cpu_us")):
         lines.append(f"{what} of uringloop: {ratios(results, field)}.")
-    return "\n".join([*lines, *_notes(plan, results)])
+    return "\n".join([*lines, *_notes(results)])
 
 
-def _notes(plan: Plan, results: dict[str, list[Round]]) -> list[str]:
+def _notes(results: dict[str, list[Round]]) -> list[str]:
     notes = ["Most of a request is aiohttp's own work; for the loops by themselves: make bench."]
-    if plan.server_core is None:
+    if two_cores() == (None, None):
         notes.append("There is one core only: client and server shared it, the rates are low.")
     held_up = [
         name for name, rounds in results.items() if middle(rounds, "server_share") < SATURATED
@@ -479,14 +465,15 @@ def main(argv: list[str]) -> int:
         print(f"uringloop: no loop can run: {error} (python -m uringloop doctor)", file=sys.stderr)
         return 1
     names = [name for name in LOOPS if name != "uvloop" or importlib.util.find_spec(name)]
-    plan = make_plan(arguments.seconds, arguments.connections, len(names))
+    round_s = arguments.seconds / (ROUNDS * len(names))
     try:
-        results, labels = run_rounds(plan, names)
+        results, labels = run_rounds(names, arguments.connections, round_s)
     except (DemoError, OSError) as error:
         print(f"uringloop: the demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("uringloop: the demo was interrupted", file=sys.stderr)
         return 130
-    print(render(plan, results, labels))
+    layout = f"{arguments.connections} keep-alive connections; {ROUNDS} rounds of {round_s:.2f} s,"
+    print(render(results, labels, layout))
     return 0
