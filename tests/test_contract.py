@@ -556,6 +556,7 @@ def faults_per_turn(monitor: str) -> float:
 
 
 @pytest.mark.skipif(not os.confstr("CS_GNU_LIBC_VERSION"), reason="it is glibc that trims its heap")
+@pytest.mark.skipif("URINGLOOP_TEST_SANITIZED" in os.environ, reason="the heap is the sanitizer's")
 def test_what_a_turn_frees_stays_with_the_process(monitor: str) -> None:
     code = "import sys\nfrom tests.test_contract import faults_per_turn as measure\n"
 
