@@ -130,6 +130,18 @@ def test_a_fork_after_a_write_does_not_send_it_twice(monitor: str) -> None:
     assert run_child(fork_after_a_write, monitor).value == "hello"
 
 
+@contextlib.contextmanager
+def number_given_to(stranger: socket.socket, near: socket.socket) -> Iterator[int]:
+    """Closes a socket behind its transport's back; another one has its number for a while."""
+    number = near.fileno()
+    near.close()
+    os.dup2(stranger.fileno(), number)
+    try:
+        yield number
+    finally:
+        os.close(number)
+
+
 def test_a_socket_closed_behind_its_transport_sends_nothing_to_who_has_its_number_now(
     loop: uringloop.EventLoop,
 ) -> None:
@@ -141,17 +153,12 @@ def test_a_socket_closed_behind_its_transport_sends_nothing_to_who_has_its_numbe
             _, peer = await loop.create_connection(Peer, sock=near)
             await peer.has("made")
             await turns()
-            number = near.fileno()
-            near.close()
-            os.dup2(stranger.fileno(), number)
-            try:
+            with number_given_to(stranger, near) as number:
                 peer.transport.write(b"secret of the first connection")
                 await peer.lost()
                 with pytest.raises(BlockingIOError):
                     friend.recv(100)
                 os.fstat(number)
-            finally:
-                os.close(number)
             assert peer.events == ["made", "lost OSError"]
 
     run(loop, main())
@@ -166,17 +173,12 @@ def test_a_socket_closed_behind_its_transport_takes_no_byte_from_who_has_its_num
         with far, stranger, friend:
             transport, peer = await loop.create_connection(Peer, sock=near)
             await turns()
-            number = near.fileno()
-            near.close()
-            os.dup2(stranger.fileno(), number)
-            try:
+            with number_given_to(stranger, near):
                 friend.send(b"for the stranger")
                 cast("Any", transport)._read_ready()  # a readiness that was on its way
                 await peer.lost()
                 assert stranger.recv(100) == b"for the stranger"
                 assert not peer.data
-            finally:
-                os.close(number)
 
     run(loop, main())
 
