@@ -23,6 +23,11 @@ uint32_t ul_poll_mask(uint32_t events) {
     return (uint32_t)(((events & UL_READ) ? POLLIN : 0) | ((events & UL_WRITE) ? POLLOUT : 0));
 }
 
+/* Not that of a bad descriptor, and not when UL_ONCE's only report is on its way already. */
+bool ul_fdmon_wants_kernel(const ul_watch *watch) {
+    return watch->events && !watch->parked && !(watch->events & UL_ONCE && watch->revents);
+}
+
 /* ---- lists of descriptors: room for every watch is reserved when the table grows, so a push cannot fail ---- */
 
 static void compact(ul_fd_list *list) {
@@ -100,22 +105,29 @@ bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents) {
 
 void ul_fdmon_park(ul_fdmon *mon, int fd) {
     mon->watches[fd].parked = true;
-    add_ready(mon, fd, mon->watches[fd].events);
+    add_ready(mon, fd, mon->watches[fd].events & (UL_READ | UL_WRITE));
+}
+
+static bool report(ul_fdmon *mon, int fd, ul_event *out) {
+    ul_watch *watch = &mon->watches[fd];
+    watch->on_ready = false;
+    if (!watch->revents) /* removed or changed since it was collected */
+        return false;
+    *out = (ul_event){.fd = fd, .events = watch->revents};
+    watch->revents = 0;
+    mon->ready_live--;
+    if (watch->events & UL_ONCE) {
+        watch->events = 0;
+        watch->parked = watch->edge = false;
+        mon->watches_live--;
+    }
+    return true;
 }
 
 int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
     int n = 0;
-    while (n < out_max && !ul_fd_list_empty(&mon->ready)) {
-        int fd = ul_fd_list_pop(&mon->ready);
-        ul_watch *watch = &mon->watches[fd];
-        watch->on_ready = false;
-        if (watch->revents) { /* 0: removed or changed since it was collected */
-            out[n].fd = fd;
-            out[n++].events = watch->revents;
-            watch->revents = 0;
-            mon->ready_live--;
-        }
-    }
+    while (n < out_max && !ul_fd_list_empty(&mon->ready))
+        n += report(mon, ul_fd_list_pop(&mon->ready), &out[n]);
     return n;
 }
 
@@ -284,7 +296,7 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
     watch->events = (uint8_t)events;
     watch->revents = 0;
     watch->parked = watch->edge = false;
-    ret = mon->ops->update(mon, fd, before.parked ? 0 : before.events); /* epoll does not have a parked one */
+    ret = mon->ops->update(mon, fd, before.events);
     if (ret < 0 && events) {
         *watch = before;
         return ret;
@@ -298,7 +310,7 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
     if (fd < 0)
         return -EBADF;
-    if (events & ~(uint32_t)(UL_READ | UL_WRITE))
+    if (events & ~(uint32_t)(UL_READ | UL_WRITE | UL_ONCE) || events == UL_ONCE)
         return -EINVAL;
     pthread_mutex_lock(&mon->lock);
     int ret = -EBADF;

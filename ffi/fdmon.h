@@ -28,6 +28,7 @@
 enum {
     UL_READ = 1, /* the values of selectors.EVENT_READ and EVENT_WRITE */
     UL_WRITE = 2,
+    UL_ONCE = 4,                /* with them: the watch ends with its first report */
     UL_DOWNGRADED = 0x40000000, /* added to a turn's result, once after each downgrade */
 };
 
@@ -74,7 +75,8 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
 
 /* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No io_uring_enter but
  * for the removal of an armed watch, which returns when the kernel holds the file no more (from a foreign thread beside a
- * wait: in the owner's next turn). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never fails. */
+ * wait: in the owner's next turn). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never fails.
+ * | UL_ONCE: the watch is removed when it is reported, without a call; the kernel does not hold the file then. */
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
 /* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all), stores up to out_max ready
@@ -99,12 +101,13 @@ void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
 
 /* One readiness registration, at watches[fd]. */
 typedef struct ul_watch {
-    uint8_t events;   /* UL_READ | UL_WRITE; 0 = no watch */
+    uint8_t events;   /* UL_READ | UL_WRITE, perhaps | UL_ONCE; 0 = no watch */
     uint8_t revents;  /* collected and not handed over yet, in the same bits */
     bool on_ready;    /* has a place on mon->ready (kept when the watch is removed: the place stays) */
     bool on_pending;  /* has a place on mon->pending */
     bool edge;        /* io_uring: a one-shot poll would fire for ever with nothing that was asked for */
     bool parked;      /* its descriptor is bad: reported once, not armed again before it is changed */
+    bool in_epoll;    /* epoll: the kernel has an entry, perhaps a disabled one that UL_ONCE has left */
     uint32_t request; /* io_uring: index + 1 of the request in flight; poll: index + 1 in the poll set; 0 = none */
 } ul_watch;
 
@@ -165,6 +168,7 @@ struct ul_fdmon {
     pthread_t ring_owner;
     ul_request *requests;
     uint32_t requests_cap, requests_in_flight, requests_dying, requests_free; /* free: index + 1 of the first free one */
+    bool left_armed; /* a UL_ONCE watch was collected and its multishot poll goes on: to be ended before it is reported */
     int errors_in_a_row;
     const char *step; /* what is being done with the ring: named when it fails */
     int eventfd;      /* -1 until somebody asks for fileno() */
@@ -194,6 +198,7 @@ void ul_fdmon_io_uring_after_fork(ul_fdmon *mon);
 
 /* Services for the three monitors. */
 uint32_t ul_poll_mask(uint32_t events);                         /* UL_* to poll(2) bits */
+bool ul_fdmon_wants_kernel(const ul_watch *watch);              /* whether its readiness is to be waited for */
 bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents); /* poll(2) bits; false: nothing that was asked for */
 void ul_fdmon_park(ul_fdmon *mon, int fd);                      /* bad descriptor: report once, then leave it alone */
 void ul_fdmon_want_turn(ul_fdmon *mon);                         /* makes an outer loop call us, if there is one */

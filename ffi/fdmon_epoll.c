@@ -17,14 +17,35 @@ enum { EPOLL_EVENTS_MIN = 64 };
 
 static int control(ul_fdmon *mon, int op, int fd) {
     /* EPOLLIN and EPOLLOUT have the values of POLLIN and POLLOUT. */
-    struct epoll_event event = {.events = ul_poll_mask(mon->watches[fd].events), .data = {.fd = fd}};
-    return epoll_ctl(mon->epoll_fd, op, fd, &event) < 0 ? -errno : 0;
+    ul_watch *watch = &mon->watches[fd];
+    uint32_t once = watch->events & UL_ONCE ? (uint32_t)EPOLLONESHOT : 0;
+    struct epoll_event event = {.events = ul_poll_mask(watch->events) | once, .data = {.fd = fd}};
+    if (epoll_ctl(mon->epoll_fd, op, fd, &event) < 0)
+        return -errno;
+    watch->in_epoll = true;
+    return 0;
 }
 
+static int leave(ul_fdmon *mon, int fd) {
+    mon->watches[fd].in_epoll = false;
+    return epoll_ctl(mon->epoll_fd, EPOLL_CTL_DEL, fd, NULL) < 0 ? -errno : 0;
+}
+
+/* A UL_ONCE watch that was reported leaves a disabled entry, so that the next one costs a single call. Disabled means silent,
+ * and it holds no file. But the number may have become another file by then, of which epoll has nothing (-ENOENT), and later,
+ * by way of a duplicate, the old one again, of which we know nothing (-EEXIST). Tests:
+ * a_number_used_again_after_its_only_report_is_the_new_file, a_number_that_becomes_another_file_and_again_the_old_one. */
 static int epoll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
-    if (!mon->watches[fd].events)
-        return control(mon, EPOLL_CTL_DEL, fd);
-    return control(mon, old_events ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd);
+    ul_watch *watch = &mon->watches[fd];
+    if (!watch->events)
+        return watch->in_epoll ? leave(mon, fd) : 0;
+    int op = watch->in_epoll ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+    int err = control(mon, op, fd);
+    if (err == -ENOENT && (!old_events || (old_events | watch->events) & UL_ONCE))
+        err = control(mon, EPOLL_CTL_ADD, fd);
+    else if (err == -EEXIST)
+        err = control(mon, EPOLL_CTL_MOD, fd);
+    return err;
 }
 
 static int wait_ms(ul_fdmon *mon, int64_t timeout_ns, int max) {
@@ -101,7 +122,8 @@ int ul_fdmon_epoll_setup(ul_fdmon *mon) {
         return -errno;
     mon->epoll_fd = fd;
     for (size_t i = 0; i < mon->watches_cap; i++) {
-        if (!mon->watches[i].events || mon->watches[i].parked)
+        mon->watches[i].in_epoll = false; /* in another instance, perhaps: a forked child comes here too */
+        if (!ul_fdmon_wants_kernel(&mon->watches[i]))
             continue;
         int err = control(mon, EPOLL_CTL_ADD, (int)i);
         if (err == -ENOMEM || err == -ENOSPC) { /* epoll itself is full (fs.epoll.max_user_watches) */

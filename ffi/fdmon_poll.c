@@ -66,6 +66,8 @@ static void collect_polled(ul_fdmon *mon, const struct pollfd *polled) {
         ul_fdmon_park(mon, polled->fd);
     } else {
         ul_fdmon_collect(mon, polled->fd, (uint32_t)polled->revents);
+        if (!ul_fdmon_wants_kernel(watch))
+            leave_set(mon, polled->fd);
     }
 }
 
@@ -106,6 +108,6 @@ static const FDMonOps poll_ops = {
 void ul_fdmon_poll_setup(ul_fdmon *mon) {
     mon->ops = &poll_ops;
     for (size_t fd = 0; fd < mon->watches_cap; fd++)
-        if (mon->watches[fd].events && !mon->watches[fd].parked)
+        if (ul_fdmon_wants_kernel(&mon->watches[fd]))
             enter_set(mon, (int)fd);
 }

@@ -7,6 +7,7 @@ cdef extern from "fdmon.h" nogil:
     enum:
         UL_READ
         UL_WRITE
+        UL_ONCE
         UL_DOWNGRADED
 
     ctypedef struct ul_event:
