@@ -10,6 +10,7 @@ test_every_private_hook_is_where_we_expect_it):
   `._make_ssl_transport`, `_UnixSelectorEventLoop._make_read_pipe_transport`: where transports are
   made. `._accept_connection`, `._start_serving`: where connections are accepted.
   `._ensure_fd_no_transport` and `._transports`: which descriptors belong to a transport.
+  `base_events._check_ssl_socket`: what sock_recv() and its kin refuse.
 - `BaseEventLoop._run_once`, `._add_callback`, `_add_reader`, `_remove_reader`, `_add_writer`,
   `_remove_writer`, `_timer_handle_cancelled`: the turn, which `_core.LoopCore` replaces.
 - `BaseEventLoop._ready`, `._scheduled`, `._timer_cancelled_count`, `._stopping`, `._debug`,
@@ -32,8 +33,8 @@ import os
 import socket
 import weakref
 from asyncio import sslproto
-from collections.abc import Iterator, MutableMapping
-from selectors import SelectorKey
+from collections.abc import Callable, Iterator, MutableMapping
+from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import TYPE_CHECKING, Any, Final
 
 from uringloop import _core
@@ -159,6 +160,77 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
             transport._ssl_protocol.max_size = _READ_MAX_BYTES
         return transport
 
+    # sock_recv() and its kin try, wait for one report of readiness, and try again: what was
+    # cancelled while it waited has taken nothing. docs/decisions.md 20
+
+    async def sock_recv(self, sock: Any, n: int) -> bytes:
+        """As asyncio's. A call that is cancelled has consumed no byte."""
+        data = self._recv_now(sock, n)
+        if data is None:
+            data = await self._sock_retry(sock, EVENT_READ, self._recv_now, sock, n)
+        return data
+
+    async def sock_recv_into(self, sock: Any, buf: Any) -> int:
+        """As asyncio's. A call that is cancelled has consumed no byte."""
+        size = self._recv_into_now(sock, buf)
+        if size is None:
+            size = await self._sock_retry(sock, EVENT_READ, self._recv_into_now, sock, buf)
+        return size
+
+    async def sock_sendall(self, sock: Any, data: Any) -> None:
+        """As asyncio's. How much a cancelled call has sent is not known, as there."""
+        sent = self._send_now(sock, data, 0) or 0
+        if type(data) is bytes and sent == len(data):
+            return
+        with memoryview(data) as view:
+            while sent < view.nbytes:
+                sent += await self._sock_retry(sock, EVENT_WRITE, self._send_now, sock, view, sent)
+
+    async def sock_recvfrom(self, sock: Any, bufsize: int) -> tuple[bytes, Any]:
+        """As asyncio's. A call that is cancelled has consumed no datagram."""
+        received: tuple[bytes, Any] = await self._sock_call(sock, EVENT_READ, "recvfrom", bufsize)
+        return received
+
+    async def sock_recvfrom_into(self, sock: Any, buf: Any, nbytes: int = 0) -> tuple[int, Any]:
+        """As asyncio's. A call that is cancelled has consumed no datagram."""
+        received: tuple[int, Any] = await self._sock_call(
+            sock, EVENT_READ, "recvfrom_into", buf, nbytes
+        )
+        return received
+
+    async def sock_sendto(self, sock: Any, data: Any, address: Any) -> int:
+        """As asyncio's."""
+        sent: int = await self._sock_call(sock, EVENT_WRITE, "sendto", data, address)
+        return sent
+
+    async def sock_accept(self, sock: Any) -> tuple[socket.socket, Any]:
+        """As asyncio's. A call that is cancelled has accepted nothing."""
+        connection, address = await self._sock_call(sock, EVENT_READ, "accept")
+        connection.setblocking(False)
+        return connection, address
+
+    async def _sock_call(self, sock: Any, event: int, method: str, *args: Any) -> Any:
+        result = self._call_now(sock, method, *args)
+        if result is None:
+            result = await self._sock_retry(sock, event, self._call_now, sock, method, *args)
+        return result
+
+    async def _sock_retry(
+        self, sock: Any, event: int, attempt: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Waits, tries, waits again, until the attempt brings something."""
+        result = None
+        while result is None:
+            fd = sock.fileno()
+            waiter = self._wait_once(fd, event)
+            try:
+                await waiter
+            except BaseException:
+                self._wait_no_more(fd, event, waiter)
+                raise
+            result = attempt(*args)
+        return result
+
     def _accept_connection(
         self,
         protocol_factory: Any,
@@ -193,7 +265,7 @@ class _LoopSelector(Selector):
 
     def _ready_keys(self, ready: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
         for event in ready:
-            self.loop._deliver_to_transport(*event)
+            self.loop._deliver_natively(*event)
         return [(key, events) for key, events in super()._ready_keys(ready) if events]
 
 
@@ -215,6 +287,7 @@ class _Transports(MutableMapping[int, Any]):
             self._core._hide_transport(transport, False)
         else:
             self._others[fd] = transport
+            self._core._has_foreign_transports = True
 
     def __delitem__(self, fd: int) -> None:
         transport = self._core._transport_at(fd)

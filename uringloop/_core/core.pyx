@@ -40,6 +40,7 @@ include "loop.pxi"
 include "memory.pxi"
 include "stream.pxi"
 include "accept.pxi"
+include "sock.pxi"
 
 # "Exception in callback X._call_connection_lost()": X is what programs and logs know from asyncio.
 (<PyTypeObject *>StreamTransport).tp_name = "asyncio.selector_events._SelectorSocketTransport"

@@ -44,6 +44,12 @@ cdef extern from *:
         _Py_COMP_DIAG_POP
         PyBytes_AS_STRING(o)[size] = 0;
     }
+
+    /* Gives back what a bytes object has too much; takes over the only reference to it. */
+    static inline PyObject *ul_bytes_cut(PyObject *o, Py_ssize_t size) {
+        _PyBytes_Resize(&o, size);
+        return o;
+    }
     """
     PyObject **UL_TUPLE_ITEMS(object tuple)
     int ul_raise_again() except -1
@@ -52,6 +58,7 @@ cdef extern from *:
     void set_errno "ul_set_errno" (int err) noexcept
     bint ul_is_ours(PyObject *o)
     void ul_bytes_set_size(object o, Py_ssize_t size)
+    object ul_bytes_cut(PyObject *o, Py_ssize_t size)
 
 cdef extern from "<time.h>" nogil:
     struct timespec:
@@ -70,7 +77,7 @@ cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
     struct sockaddr:
         unsigned short sa_family
-    int AF_INET, AF_INET6, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOCK_NONBLOCK, SOCK_CLOEXEC
+    int AF_INET, AF_INET6, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)

@@ -56,6 +56,8 @@ cdef class LoopCore:
     cdef list unsent             # transports with writes that wait
     cdef StreamTransport answering  # the one whose read callback runs: its writes leave when that returns
     cdef set watched             # transports that the monitor watches: they live as long as that
+    cdef dict sock_readers, sock_writers  # descriptor -> future of sock_recv(), sock_sendall() and their kin
+    cdef public bint _has_foreign_transports
     cdef PyObject **transports   # by descriptor, borrowed
     cdef int transports_size
     cdef ReadMemory memory
@@ -66,6 +68,7 @@ cdef class LoopCore:
         self._scheduled = []
         self.unsent = []
         self.watched = set()
+        self.sock_readers, self.sock_writers = {}, {}
 
     def __dealloc__(self):
         free(self.transports)
@@ -93,6 +96,8 @@ cdef class LoopCore:
         self.closed = closed
         if closed:  # nothing is watched any more: transports that nobody holds are unclosed, and say so
             self.watched.clear()
+            self.sock_readers.clear()
+            self.sock_writers.clear()
 
     @property
     def _thread_id(self):
@@ -333,6 +338,8 @@ cdef class LoopCore:
             transport.notice(events)
             if not self.keys:
                 return 0
+        if self.sock_readers or self.sock_writers:
+            self.wake_sock_calls(fd, events)
         cdef PyObject *found = PyDict_GetItemWithError(self.keys, fd)
         if found == NULL:
             return 0
@@ -463,18 +470,92 @@ cdef class LoopCore:
         if self.unsent:
             self.send_unsent()
 
-    def _deliver_to_transport(self, int fd, uint32_t events):
+    def _deliver_natively(self, int fd, uint32_t events):
         cdef StreamTransport transport = self.transport_at(fd)
         if transport is not None:
             transport.notice(events)
+        self.wake_sock_calls(fd, events)
+
+    # -- sock_recv() and its kin: see sock.pxi --
+
+    def _recv_now(self, sock, size):
+        return recv_now(self, sock, size)
+
+    def _recv_into_now(self, sock, buffer):
+        return recv_into_now(self, sock, buffer)
+
+    def _call_now(self, sock, str method, *arguments):
+        plain_socket(self, sock)
+        return by_method(getattr(sock, method), arguments)
+
+    def _send_now(self, sock, data, Py_ssize_t start):
+        return send_now(self, sock, data, start)
+
+    def _wait_once(self, int fd, uint32_t event):
+        """A future that is done when the descriptor is ready for UL_READ or UL_WRITE, or may be. As in asyncio, who
+        waits last takes the place of whoever waited for that before: a call, a reader or a writer."""
+        self.check_open()
+        if fd < 0:
+            raise ValueError(f"Invalid file descriptor: {fd}")
+        if self._has_foreign_transports or self.transport_at(fd) is not None:
+            self._ensure_fd_no_transport(fd)
+        if fd in self.keys:
+            self.unwatch(fd, event)
+        cdef dict calls = self.sock_readers if event == UL_READ else self.sock_writers
+        # Who waited before may have done so on another socket that had this number: the watch is made anew.
+        if fd in self.sock_readers or fd in self.sock_writers:
+            ul_fdmon_update(self.monitor, fd, 0)
+        waiter = calls[fd] = self.create_future()
+        try:
+            self.update(fd, self.wanted_by_keys(fd))
+        except BaseException:
+            del calls[fd]
+            raise
+        return waiter
+
+    def _wait_no_more(self, int fd, uint32_t event, waiter):
+        """Its call was cancelled."""
+        if (self.sock_readers if event == UL_READ else self.sock_writers).get(fd) is waiter:
+            try:
+                self.drop_sock_call(fd, event)
+            except OSError:  # the socket was closed meanwhile: the cancellation goes on, and who else waits finds out
+                self.wake_sock_calls(fd, UL_READ | UL_WRITE)
+
+    cdef bint drop_sock_call(self, int fd, uint32_t event) except -1:
+        waiter = (self.sock_readers if event == UL_READ else self.sock_writers).pop(fd, None)
+        if waiter is None:
+            return False
+        if not self.closed:
+            self.update(fd, self.wanted_by_keys(fd))
+        return True
+
+    cdef int wake_sock_calls(self, int fd, uint32_t events) except -1:
+        """The watch has ended with this report, unless somebody else needs it."""
+        reader = self.sock_readers.pop(fd, None) if events & UL_READ else None
+        writer = self.sock_writers.pop(fd, None) if events & UL_WRITE else None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
+        if writer is not None and not writer.done():
+            writer.set_result(None)
+        if reader is None and writer is None:
+            return 0
+        if fd in self.sock_readers or fd in self.sock_writers or fd in self.keys or self.transport_at(fd) is not None:
+            try:
+                self.update(fd, self.wanted_by_keys(fd))
+            except OSError:  # closed under them: their next try says so
+                self.wake_sock_calls(fd, UL_READ | UL_WRITE)
+        return 0
 
     # -- descriptors --
 
     cdef int update(self, int fd, uint32_t wanted_by_keys) except -1:
         """Has the monitor watch a descriptor for its transport and for add_reader() and add_writer(), which meet
-        on it during sendfile, or when the transport is closing."""
+        on it during sendfile, or when the transport is closing; and once for sock_recv() and its kin."""
         cdef StreamTransport transport = self.transport_at(fd)
         cdef uint32_t events = wanted_by_keys | (0 if transport is None else transport.interest)
+        cdef uint32_t once = (UL_READ if fd in self.sock_readers else 0) | (UL_WRITE if fd in self.sock_writers else 0)
+        if once:
+            events |= once if events else once | UL_ONCE
         cdef int result = ul_fdmon_update(self.monitor, fd, events) if self.monitor != NULL else -EBADF
         if result < 0 and (events or not self.fdmon.closed):
             raise self.fdmon.error(result)
@@ -500,6 +581,8 @@ cdef class LoopCore:
         self.check_open()
         cdef Handle handle = init_handle(Handle.__new__(Handle), self, callback, args, context)
         cdef int fd = self.selector._descriptor(file)
+        if fd in self.sock_readers or fd in self.sock_writers:
+            self.drop_sock_call(fd, event)
         key = self.keys.get(fd)
         cdef uint32_t before = 0
         reader = writer = None
@@ -528,7 +611,7 @@ cdef class LoopCore:
         cdef int fd = self.selector._descriptor(file)
         key = self.keys.get(fd)
         if key is None:
-            return False
+            return self.drop_sock_call(fd, event)
         file, _, wanted, (reader, writer) = key
         cdef uint32_t left = <uint32_t>wanted & ~event
         if event == UL_READ:
@@ -542,7 +625,7 @@ cdef class LoopCore:
         if left:
             self.keys[fd] = tuple_new(selectors.SelectorKey, (file, fd, left, (reader, writer)))
         if removed is None:
-            return False
+            return self.drop_sock_call(fd, event)
         removed.cancel()
         return True
 
@@ -575,6 +658,8 @@ cdef class LoopCore:
                 raise MemoryError
             memset(grown + self.transports_size, 0, (size - self.transports_size) * sizeof(PyObject *))
             self.transports, self.transports_size = grown, size
+        self.sock_readers.pop(fd, None)  # who takes a socket over takes the place of calls that wait on it
+        self.sock_writers.pop(fd, None)
         self.transports[fd] = <PyObject *>transport
         return 0
 
