@@ -333,7 +333,7 @@ cdef class LoopCore:
         return 0
 
     cdef int deliver(self, int fd, uint32_t events) except -1:
-        cdef StreamTransport transport = self.transport_at(fd)
+        cdef Transport transport = self.transport_at(fd)
         if transport is not None and transport.interest & events:
             transport.notice(events)
             if not self.keys:
@@ -471,7 +471,7 @@ cdef class LoopCore:
             self.send_unsent()
 
     def _deliver_natively(self, int fd, uint32_t events):
-        cdef StreamTransport transport = self.transport_at(fd)
+        cdef Transport transport = self.transport_at(fd)
         if transport is not None:
             transport.notice(events)
         self.wake_sock_calls(fd, events)
@@ -551,7 +551,7 @@ cdef class LoopCore:
     cdef int update(self, int fd, uint32_t wanted_by_keys) except -1:
         """Has the monitor watch a descriptor for its transport and for add_reader() and add_writer(), which meet
         on it during sendfile, or when the transport is closing; and once for sock_recv() and its kin."""
-        cdef StreamTransport transport = self.transport_at(fd)
+        cdef Transport transport = self.transport_at(fd)
         cdef uint32_t events = wanted_by_keys | (0 if transport is None else transport.interest)
         cdef uint32_t once = (UL_READ if fd in self.sock_readers else 0) | (UL_WRITE if fd in self.sock_writers else 0)
         if once:
@@ -629,25 +629,25 @@ cdef class LoopCore:
         removed.cancel()
         return True
 
-    # -- the table of stream transports --
+    # -- the table of transports --
 
     def _transport_at(self, int fd):
-        cdef StreamTransport transport = self.transport_at(fd)
+        cdef Transport transport = self.transport_at(fd)
         return None if transport is None or transport.hidden else transport
 
-    cdef inline StreamTransport transport_at(self, int fd):
+    cdef inline Transport transport_at(self, int fd):
         if not 0 <= fd < self.transports_size or self.transports[fd] == NULL:
             return None
-        return <StreamTransport>self.transports[fd]
+        return <Transport>self.transports[fd]
 
     def _transport_fds(self):
         return [fd for fd in range(self.transports_size) if self._transport_at(fd) is not None]
 
-    def _hide_transport(self, StreamTransport transport, bint hidden):
+    def _hide_transport(self, Transport transport, bint hidden):
         """As asyncio's sendfile does: others may watch the descriptor for a while."""
         transport.hidden = hidden
 
-    cdef int enter_transport(self, StreamTransport transport) except -1:
+    cdef int enter_transport(self, Transport transport) except -1:
         cdef int fd = transport.fd, size = max(self.transports_size, 64)
         cdef PyObject **grown
         while size <= fd:
@@ -663,6 +663,6 @@ cdef class LoopCore:
         self.transports[fd] = <PyObject *>transport
         return 0
 
-    cdef void leave_transport(self, StreamTransport transport) noexcept:
+    cdef void leave_transport(self, Transport transport) noexcept:
         if 0 <= transport.fd < self.transports_size and self.transports[transport.fd] == <PyObject *>transport:
             self.transports[transport.fd] = NULL

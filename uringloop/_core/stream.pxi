@@ -15,41 +15,23 @@ cdef str WRITE_TAKES = (
     "data argument must be a bytes-like object" if sys.version_info < (3, 14)
     else "data argument must be a bytes, bytearray, or memoryview object"
 )
-cdef bint attach_takes_transport = asyncio.Server._attach.__code__.co_argcount > 1  # since 3.13
 
 
 @cython.final
-cdef class StreamTransport(Entry):
+cdef class StreamTransport(Transport):
     """A stream transport. `EventLoop` makes it; its methods are those of `asyncio.Transport`."""
 
-    cdef object __weakref__
-    cdef dict __dict__
-    cdef LoopCore loop          # None once closed, like what follows
-    cdef int fd, fd_shown       # -1 once closed; what it was, for repr()
-    cdef uint32_t interest      # what the monitor watches
-    cdef uint32_t noticed       # what it reported and was not handled yet
-    cdef bint queued, closing, paused, eof_written, connected, buffered, protocol_paused
+    cdef bint eof_written, buffered
     cdef bint send_waits        # the chunks wait for the end of the callback or turn, and were not tried yet
     cdef bint keeps_data        # the protocol keeps what it is given: it gets copies of the right size
-    cdef Py_ssize_t lost        # 1 once connection_lost() is on its way; counts later writes
-    cdef object protocol, server, empty_waiter
-    cdef object context, read_context, write_context  # 3.15 gives a connection one context
-    cdef object sock, sock_shown, peername, sockname, extra
+    cdef object empty_waiter
     cdef PyObject **chunks      # queued bytes objects: chunks[first .. end-1]
     cdef Py_ssize_t first, end, room
-    cdef Py_ssize_t offset, buffer_size  # how much of the first was sent; what is left in all
-    cdef object high_water, low_water
-    cdef Py_ssize_t high_bytes
-    cdef Py_ssize_t read_max    # bytes of one read
-    cdef const int *sock_fd     # the number inside the socket object, or NULL: somebody may close that
+    cdef Py_ssize_t offset      # how much of the first was sent
     cdef public object _start_tls_compatible, _sendfile_compatible
-    cdef bint hidden            # asyncio's sendfile has taken it out of loop._transports for a while
 
     def __cinit__(self, *args, **kwargs):
-        self.fd = self.fd_shown = -1
-        self.closing, self.lost = True, 1  # until start()
         self._start_tls_compatible, self._sendfile_compatible = True, constants._SendfileMode.TRY_NATIVE
-        self.high_water, self.low_water, self.high_bytes = 65536, 16384, 65536
 
     def __dealloc__(self):
         self.drop_chunks(self.end)
@@ -76,90 +58,13 @@ cdef class StreamTransport(Entry):
             else:
                 server._attach()
             self.server = server
-        self.fd = self.fd_shown = fd  # from here on it is ours to close
-        self.closing, self.lost = False, 0
-        loop.enter_transport(self)
-        loop.call_soon_natively(protocol.connection_made, (self,), context)
-        # connection_made() comes before the first byte, and before the waiter wakes.
-        loop.call_soon_natively(self._start_reading, (), context)
-        if waiter is not None:
-            loop.call_soon_natively(futures._set_result_unless_cancelled, (waiter, None), context)
-        return 0
+        return self.begin(fd, waiter)
 
-    # -- watching --
+    cdef int handle(self, uint32_t event) except -1:
+        return self.write_ready() if event == UL_WRITE else self.read_and_answer()
 
-    cdef int watch(self, uint32_t interest) except -1:
-        cdef uint32_t before = self.interest
-        self.noticed &= interest
-        if interest == before:
-            return 0
-        self.interest = interest
-        if not self.loop.closed and self.loop.transport_at(self.fd) is self:
-            try:
-                self.loop.update(self.fd, self.loop.wanted_by_keys(self.fd))
-            except BaseException:
-                self.interest = before
-                raise
-        if interest:
-            self.loop.watched.add(self)
-        else:
-            self.loop.watched.discard(self)
-        return 0
-
-    cdef inline object callback_context(self):
-        return PyContext_CopyCurrent() if self.context is None else self.context
-
-    def _start_reading(self):
-        if not self.closing and not self.paused:
-            self.read_context = self.callback_context()
-            self.watch(self.interest | UL_READ)
-
-    cdef int start_writing(self) except -1:
-        if self.write_context is None:
-            self.write_context = self.callback_context()
-        return self.watch(self.interest | UL_WRITE)
-
-    cdef int stop_writing(self) except -1:
-        self.write_context = None
-        return self.watch(self.interest & ~UL_WRITE)
-
-    cdef int notice(self, uint32_t events) except -1:
-        self.noticed |= events & self.interest
-        if self.noticed and not self.queued:
-            self.loop.ready.push(self)
-            self.queued = True
-        return 0
-
-    cdef int run(self) except -1:
-        self.queued = False
-        if self.noticed & UL_READ:
-            self.noticed &= ~UL_READ
-            self.run_in(self.read_context, UL_READ)
-        if self.noticed & UL_WRITE:
-            self.noticed &= ~UL_WRITE
-            self.run_in(self.write_context, UL_WRITE)
-        return 0
-
-    cdef int run_in(self, context, uint32_t event) except -1:
-        """Handles an event as asyncio's handles do: in its context, and only SystemExit and KeyboardInterrupt
-        leave it."""
-        cdef LoopCore loop = self.loop
-        try:
-            if PyContext_Enter(context) < 0:
-                ul_raise_again()
-            try:
-                if event == UL_WRITE:
-                    self.write_ready()
-                else:
-                    self.read_and_answer()
-            finally:
-                PyContext_Exit(context)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            callback = self._read_ready if event == UL_READ else self._write_ready
-            init_handle(Handle.__new__(Handle), loop, callback, (), context).report(exc)
-        return 0
+    cdef object handler(self, uint32_t event):
+        return self._read_ready if event == UL_READ else self._write_ready
 
     cdef int read_and_answer(self) except -1:
         cdef LoopCore loop = self.loop
@@ -219,14 +124,6 @@ cdef class StreamTransport(Entry):
         if self.number_is_lost():
             return -1
         return recv(self.fd, memory, size, MSG_DONTWAIT)
-
-    cdef inline bint number_is_lost(self) noexcept:
-        """True, with errno set, when the socket was closed behind the transport's back: the number may be
-        another connection's by now."""
-        if self.sock_fd == NULL or self.sock_fd[0] == self.fd:
-            return False
-        set_errno(EBADF)
-        return True
 
     cdef int hand_over(self, object data) except -1:
         cdef object protocol = self.protocol
@@ -326,14 +223,6 @@ cdef class StreamTransport(Entry):
                 self.queue_chunk(chunk)
         if self.buffer_size:
             self.send_or_wait()
-
-    cdef bint is_lost(self) except -1:
-        if not self.lost:
-            return False
-        if self.lost >= constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES:
-            selector_events.logger.warning("socket.send() raised exception.")
-        self.lost += 1
-        return True
 
     cdef inline bint may_wait(self, Py_ssize_t size) noexcept:
         return self.loop.in_pass and self.loop.send_policy != SEND_NOW and size <= self.high_bytes
@@ -507,6 +396,12 @@ cdef class StreamTransport(Entry):
         self.send_waits = False
         return 0
 
+    def set_write_buffer_limits(self, high=None, low=None):
+        self.set_limits(high, low)
+        if self.send_waits:
+            self.send_waiting()
+        self.maybe_pause_protocol()
+
     def can_write_eof(self):
         return True
 
@@ -524,76 +419,7 @@ cdef class StreamTransport(Entry):
             raise os_error(errno)
         return 0
 
-    # -- flow control --
-
-    cdef int maybe_pause_protocol(self) except -1:
-        if self.buffer_size <= self.high_bytes or self.protocol_paused:
-            return 0
-        self.protocol_paused = True
-        return self.tell_protocol("pause_writing")
-
-    cdef int maybe_resume_protocol(self) except -1:
-        if not self.protocol_paused or self.buffer_size > self.low_water:
-            return 0
-        self.protocol_paused = False
-        return self.tell_protocol("resume_writing")
-
-    cdef int tell_protocol(self, str name) except -1:
-        try:
-            getattr(self.protocol, name)()
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self.loop.call_exception_handler({
-                "message": f"protocol.{name}() failed",
-                "exception": exc,
-                "transport": self,
-                "protocol": self.protocol,
-            })
-        return 0
-
-    def set_write_buffer_limits(self, high=None, low=None):
-        if high is None:
-            high = 65536 if low is None else 4 * low
-        if low is None:
-            low = high // 4
-        if not high >= low >= 0:
-            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
-        self.high_water, self.low_water = high, low
-        self.high_bytes = int(min(high, sys.maxsize))
-        if self.send_waits:
-            self.send_waiting()
-        self.maybe_pause_protocol()
-
-    def get_write_buffer_limits(self):
-        return (self.low_water, self.high_water)
-
-    def get_write_buffer_size(self):
-        return self.buffer_size
-
-    def is_reading(self):
-        return not self.closing and not self.paused
-
-    def pause_reading(self):
-        if self.closing or self.paused:
-            return
-        self.paused = True
-        self.watch(self.interest & ~UL_READ)
-        if self.loop._debug:
-            selector_events.logger.debug("%r pauses reading", self)
-
-    def resume_reading(self):
-        if self.closing or not self.paused:
-            return
-        self.paused = False
-        self._start_reading()
-        if self.loop._debug:
-            selector_events.logger.debug("%r resumes reading", self)
-
     # -- its end --
-
-    def is_closing(self):
-        return self.closing
 
     def close(self):
         if self.closing:
@@ -607,20 +433,10 @@ cdef class StreamTransport(Entry):
             self.stop_writing()
             self.loop.call_soon_natively(self._call_connection_lost, (None,), self.context)
 
-    def abort(self):
-        self._force_close(None)
-
     def _force_close(self, exc):
-        if self.lost:
-            return
-        if self.send_waits:  # asyncio has sent it in write()
+        if self.send_waits and not self.lost:  # asyncio has sent it in write()
             self.send_chunks()
-        self.drop_unsent()
-        self.closing = True
-        self.write_context = None
-        self.watch(0)
-        self.lost += 1
-        self.loop.call_soon_natively(self._call_connection_lost, (exc,), self.context)
+        Transport._force_close(self, exc)
 
     cdef int callback_failed(self, str message) except -1:
         try:
@@ -631,109 +447,19 @@ cdef class StreamTransport(Entry):
             self._fatal_error(exc, message)
         return 0
 
-    def _fatal_error(self, exc, message="Fatal error on transport"):
-        if self.loop is None:
-            return
-        if isinstance(exc, OSError):
-            if self.loop._debug:
-                selector_events.logger.debug("%r: %s", self, message, exc_info=exc)
-        else:
-            self.loop.call_exception_handler({
-                "message": message,
-                "exception": exc,
-                "transport": self,
-                "protocol": self.protocol,
-            })
-        self._force_close(exc)
-
     def _call_connection_lost(self, exc):
         try:
-            if self.connected:
-                self.protocol.connection_lost(exc)
+            Transport._call_connection_lost(self, exc)
         finally:
-            self.release()
             if self.empty_waiter is not None and not self.empty_waiter.done():
                 self.empty_waiter.set_exception(ConnectionError("Connection is closed by peer"))
 
-    cdef int release(self) except -1:
-        """Gives back the descriptor and everything that this transport holds."""
-        cdef LoopCore loop = self.loop
-        cdef int fd = self.fd
-        server, sock = self.server, self.sock
-        _kept = self.protocol, self.read_context, self.write_context  # until the end: dropping them may call us
-        if loop is None:
-            return 0
-        self.closing, self.lost = True, max(self.lost, 1)
-        self.drop_unsent()
-        self.watch(0)
-        loop.leave_transport(self)
-        self.fd = -1
-        self.sock_fd = NULL
-        self.loop = self.protocol = self.server = self.sock = None
-        self.read_context = self.write_context = self.context = None
-        if sock is not None:
-            sock.close()
-        else:
-            close(fd)
-        if server is not None:
-            if attach_takes_transport:
-                server._detach(self)
-            else:
-                server._detach()
-        return 0
-
-    def __del__(self):
-        if self.fd >= 0:
-            if PyErr_ResourceWarning(self, 1, "unclosed transport %R", <PyObject *>self) < 0:
-                PyErr_WriteUnraisable(self)  # warnings are errors here; what follows happens all the same
-            self.release()
-
     # -- what it is --
 
-    def get_protocol(self):
-        return self.protocol
-
     def set_protocol(self, protocol):
-        self.protocol = protocol
-        self.connected = True
+        Transport.set_protocol(self, protocol)
         self.keeps_data = False
         self.buffered = isinstance(protocol, protocols.BufferedProtocol)
-
-    def get_extra_info(self, name, default=None):
-        if name == "peername":
-            return self.peername
-        if name == "sockname":
-            return self.sockname
-        if name == "socket":
-            if self.sock_shown is None:
-                self.sock_shown = trsock.TransportSocket(self.python_socket())
-            return self.sock_shown
-        return default if self.extra is None else self.extra.get(name, default)
-
-    cdef object python_socket(self):
-        """The socket object; an accepted connection has none before somebody asks."""
-        if self.sock is None:
-            if self.fd < 0:
-                closed = socket_module.socket()
-                closed.close()
-                return closed
-            self.sock = socket_module.socket(fileno=self.fd)
-            self.sock.setblocking(False)
-            self.sock_fd = number_in_socket(self.sock)
-        return self.sock
-
-    def __repr__(self):
-        info = [self.__class__.__name__]
-        if self.fd < 0:
-            info.append("closed")
-        elif self.closing:
-            info.append("closing")
-        info.append(f"fd={self.fd_shown}")
-        if self.loop is not None and not self.loop.closed:
-            info.append("read=polling" if self.interest & UL_READ else "read=idle")
-            state = "polling" if self.interest & UL_WRITE else "idle"
-            info.append(f"write=<{state}, bufsize={self.buffer_size}>")
-        return f"<{' '.join(info)}>"
 
     # -- what asyncio and libraries reach for --
 
@@ -755,47 +481,8 @@ cdef class StreamTransport(Entry):
         return selector_events._SelectorSocketTransport
 
     @property
-    def max_size(self):
-        return self.read_max
-
-    @max_size.setter
-    def max_size(self, Py_ssize_t size):
-        if size < 1:
-            raise ValueError(f"max_size must be positive, not {size}")
-        self.read_max = size
-
-    @property
-    def _loop(self):
-        return self.loop
-
-    @property
-    def _sock(self):
-        return None if self.fd < 0 else self.python_socket()
-
-    @_sock.setter
-    def _sock(self, sock):
-        self.sock, self.sock_fd = sock, number_in_socket(sock)
-
-    @property
     def _read_ready_cb(self):
         return None if self.closing else self._read_ready
-
-    @property
-    def _sock_fd(self):
-        return self.fd_shown
-
-    @property
-    def _extra(self):
-        names = {name: self.get_extra_info(name) for name in ("socket", "sockname", "peername")}
-        return {**names, **(self.extra or {})}
-
-    @property
-    def _protocol(self):
-        return self.protocol
-
-    @property
-    def _server(self):
-        return self.server
 
     @property
     def _buffer(self):
@@ -806,51 +493,8 @@ cdef class StreamTransport(Entry):
         return self.empty_waiter
 
     @property
-    def _protocol_connected(self):
-        return self.connected
-
-    @property
-    def _protocol_paused(self):
-        return self.protocol_paused
-
-    @property
-    def _paused(self):
-        return self.paused
-
-    @property
-    def _closing(self):
-        return self.closing
-
-    @property
     def _eof(self):
         return self.eof_written
-
-    @property
-    def _conn_lost(self):
-        return self.lost
-
-    @property
-    def _high_water(self):
-        return self.high_water
-
-    @property
-    def _low_water(self):
-        return self.low_water
-
-
-cdef const int *number_in_socket(sock) noexcept:
-    """Where a socket object keeps its descriptor: first in CPython's struct, which is looked at to be sure."""
-    cdef const int *number = &(<SocketObject *>sock).sock_fd
-    if isinstance(sock, socket_module.socket) and number[0] == sock.fileno():
-        return number
-    return NULL
-
-
-cdef object address_or_none(ask):
-    try:
-        return ask()
-    except OSError:
-        return None
 
 
 cdef ssize_t send_bytes(int fd, const void *data, size_t size) noexcept:
