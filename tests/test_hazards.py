@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextlib
+import errno
 import functools
 import gc
 import logging
@@ -28,7 +29,7 @@ import pytest
 import uringloop
 from tests.connections import MIB, BufferedPeer, Peer, end, read, read_to_end, served, turns, wired
 from tests.support import in_thread, run, run_child, unexpected
-from uringloop._core import StreamTransport
+from uringloop._core import DatagramTransport, StreamTransport
 
 #: Later than this was not what the test waited for. Wide, for busy machines.
 SOON_S = 5.0
@@ -645,8 +646,23 @@ def test_a_transport_that_was_finalized_can_still_be_called(monitor: str, by: st
 # ---------------------------------------------------------------------- no crash
 
 
+def use_the_end_of_datagrams(transport: Any) -> None:
+    with contextlib.suppress(AttributeError):  # as in asyncio
+        transport.sendto(b"too late", ("127.0.0.1", 9))
+    transport._sendto_ready()
+    transport.pause_reading()
+    transport.resume_reading()
+    transport.set_write_buffer_limits(high=0)
+    transport._read_ready()
+    transport.close()
+    transport.abort()
+    assert transport.is_closing()
+    assert transport.get_write_buffer_size() == 0
+
+
 def use_what_was_never_made(monitor: str) -> list[str]:
     use_the_end(StreamTransport.__new__(StreamTransport))
+    use_the_end_of_datagrams(DatagramTransport.__new__(DatagramTransport))
     outcomes = []
     try:
         cast("Any", uringloop.EventLoop.__new__(uringloop.EventLoop))._run_once()
@@ -660,6 +676,11 @@ def use_what_was_never_made(monitor: str) -> list[str]:
             await peer.lost()
             await turns()
             use_the_end(peer.transport)
+        sock = socket.socket(type=socket.SOCK_DGRAM)
+        transport, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, sock=sock)
+        transport.abort()
+        await turns()
+        use_the_end_of_datagrams(transport)
 
     loop.run_until_complete(main())
     loop.close()
@@ -673,6 +694,27 @@ def use_what_was_never_made(monitor: str) -> list[str]:
 def test_what_was_never_initialised_or_has_ended_refuses_and_does_not_crash(monitor: str) -> None:
     outcomes = run_child(use_what_was_never_made, monitor).value
     assert outcomes == ["this loop was never initialised", "I/O operation on closed selector"]
+
+
+def make_transports_of_closed_sockets(monitor: str) -> list[int | None]:
+    loop: Any = uringloop.new_event_loop(monitor=monitor)
+    refused = []
+    for make, protocol in (
+        (StreamTransport, asyncio.Protocol()),
+        (DatagramTransport, asyncio.DatagramProtocol()),
+    ):
+        sock = socket.socket(type=socket.SOCK_DGRAM)
+        sock.close()
+        try:
+            make(loop, sock, protocol)
+        except OSError as exc:
+            refused.append(exc.errno)
+    loop.close()
+    return refused
+
+
+def test_a_transport_is_not_made_of_a_closed_socket(monitor: str) -> None:
+    assert run_child(make_transports_of_closed_sockets, monitor).value == [errno.EBADF] * 2
 
 
 @pytest.mark.parametrize("size", [0, -1])

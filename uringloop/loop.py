@@ -1,4 +1,4 @@
-"""EventLoop: asyncio's own Unix event loop with a native turn and native stream transports.
+"""EventLoop: asyncio's own Unix event loop with a native turn and native transports.
 
 Why it exists: to be asyncio on io_uring, with the whole of asyncio's API. Promise: it is a
 subclass, not a rewrite; whatever is neither here nor in `_core` is asyncio's own code.
@@ -17,10 +17,10 @@ test_every_private_hook_is_where_we_expect_it):
   `._thread_id`, `._closed`, `._current_handle`, `._clock_resolution`, `._task_factory`: what
   asyncio's half reads and writes; `LoopCore` holds them. `._check_thread`, `._check_callback`,
   `._write_to_self`: called by it.
-- `max_size` of the datagram and the pipe transport, and of `sslproto.SSLProtocol`: how much is read
-  at once.
+- `max_size` of the pipe transport, and of `sslproto.SSLProtocol`: how much is read at once.
 - `Handle` and `TimerHandle` with `_repr_info`, `_run`, `_cancelled`, `_scheduled`;
-  `_SelectorSocketTransport`: what our handles and transports say they are.
+  `_SelectorSocketTransport`, `_SelectorDatagramTransport`: what our handles and transports say they
+  are.
 - `_ssl_protocol`, `_app_transport`, `_selector`, `_process_events`, `asyncio._get_running_loop`:
   met on the way.
 """
@@ -46,9 +46,10 @@ if TYPE_CHECKING:
 # How much one read of a stream takes, and where it lies: docs/decisions.md 8.
 _STREAM_READ_MAX_BYTES = 120 * 1024
 
-# One read of a pipe, of TLS plaintext, or one datagram: their natural limits are 64 KiB, 16 KiB and
-# 64 KiB.
+# One read of a pipe or of TLS plaintext: their natural limits are 64 KiB and 16 KiB.
 _READ_MAX_BYTES = 64 * 1024
+
+_DATAGRAM_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
 #: When what was written leaves: in write(), when the callback that wrote returns, or at the end of
 #: the turn together with all the others. docs/decisions.md 16
@@ -143,10 +144,11 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         return ssl_protocol._app_transport
 
     def _make_datagram_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
-        transport = super()._make_datagram_transport(sock, *args, **kwargs)  # type: ignore[misc]
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            transport.max_size = _READ_MAX_BYTES
-        return transport
+        if type(sock) is not socket.socket or sock.family not in _DATAGRAM_FAMILIES:
+            # Only its methods can be used, or its addresses are strange to us.
+            return super()._make_datagram_transport(sock, *args, **kwargs)  # type: ignore[misc]
+        self._ensure_fd_no_transport(sock)  # type: ignore[attr-defined]
+        return _core.DatagramTransport(self, sock, *args, **kwargs)
 
     def _make_read_pipe_transport(self, *args: Any, **kwargs: Any) -> Any:
         transport = super()._make_read_pipe_transport(*args, **kwargs)  # type: ignore[misc]
@@ -283,7 +285,7 @@ class _Transports(MutableMapping[int, Any]):
         return self._others[fd] if transport is None else transport
 
     def __setitem__(self, fd: int, transport: Any) -> None:
-        if type(transport) is _core.StreamTransport:
+        if isinstance(transport, _core.Transport):
             self._core._hide_transport(transport, False)
         else:
             self._others[fd] = transport

@@ -1,5 +1,5 @@
 """The native half of the loop; `uringloop.loop` is its only user."""
 
-from uringloop._core.core import LoopCore, StreamTransport, accept_all
+from uringloop._core.core import DatagramTransport, LoopCore, StreamTransport, Transport, accept_all
 
-__all__ = ["LoopCore", "StreamTransport", "accept_all"]
+__all__ = ["DatagramTransport", "LoopCore", "StreamTransport", "Transport", "accept_all"]

@@ -7,6 +7,7 @@ cdef union Address:
     sockaddr any
     sockaddr_in inet
     sockaddr_in6 inet6
+    char room[128]  # for a path
 
 
 cdef object address_object(Address *address):

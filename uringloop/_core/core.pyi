@@ -38,4 +38,15 @@ class StreamTransport(Transport):
         context: Any = None,
     ) -> None: ...
 
+class DatagramTransport(Transport):
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        sock: Any,
+        protocol: BaseProtocol,
+        address: Any = None,
+        waiter: Any = None,
+        extra: Any = None,
+    ) -> None: ...
+
 def accept_all(loop: LoopCore, serving: tuple[Any, ...], context: Any) -> None: ...

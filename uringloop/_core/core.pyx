@@ -20,7 +20,7 @@ from libc.errno cimport EAGAIN, EBADF, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOB
 from libc.math cimport INFINITY, ceil, nextafter
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 from uringloop._core.fdmon cimport *
 
 import asyncio
@@ -42,6 +42,8 @@ include "transport.pxi"
 include "stream.pxi"
 include "accept.pxi"
 include "sock.pxi"
+include "datagram.pxi"
 
 # "Exception in callback X._call_connection_lost()": X is what programs and logs know from asyncio.
 (<PyTypeObject *>StreamTransport).tp_name = "asyncio.selector_events._SelectorSocketTransport"
+(<PyTypeObject *>DatagramTransport).tp_name = "asyncio.selector_events._SelectorDatagramTransport"

@@ -16,6 +16,8 @@ cdef extern from "Python.h":
     PyThreadState *PyInterpreterState_ThreadHead(PyInterpreterState *interpreter)
     PyThreadState *PyThreadState_Next(PyThreadState *thread)
     Py_ssize_t Py_REFCNT(object o)
+    const char *PyUnicode_AsUTF8(object text) except NULL
+    object PyUnicode_DecodeFSDefault(const char *text)
     void Py_XDECREF(PyObject *o)
     PyTypeObject *Py_TYPE(object o)
     int PyErr_ResourceWarning(object source, Py_ssize_t stack_level, const char *format, PyObject *argument)
@@ -71,15 +73,20 @@ cdef extern from "<sys/socket.h>" nogil:
     struct iovec:
         void *iov_base
         size_t iov_len
+    ctypedef unsigned int socklen_t
     struct msghdr:
+        void *msg_name
+        socklen_t msg_namelen
         iovec *msg_iov
         size_t msg_iovlen
-    ctypedef unsigned int socklen_t
     struct sockaddr:
         unsigned short sa_family
-    int AF_INET, AF_INET6, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
+    int AF_INET, AF_INET6, AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    ssize_t recvfrom(int fd, void *buffer, size_t size, int flags, sockaddr *address, socklen_t *address_size)
+    ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
+    ssize_t sendto(int fd, const void *data, size_t size, int flags, const sockaddr *address, socklen_t address_size)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int shutdown(int fd, int how)
     int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
@@ -101,6 +108,8 @@ cdef extern from "<netinet/in.h>" nogil:
         uint32_t sin6_scope_id
     unsigned short ntohs(unsigned short value)
     uint32_t ntohl(uint32_t value)
+    unsigned short htons(unsigned short value)
+    uint32_t htonl(uint32_t value)
     int IPPROTO_TCP
 
 cdef extern from "<netinet/tcp.h>" nogil:
@@ -108,6 +117,7 @@ cdef extern from "<netinet/tcp.h>" nogil:
 
 cdef extern from "<arpa/inet.h>" nogil:
     const char *inet_ntop(int family, const void *address, char *text, socklen_t size)
+    int inet_pton(int family, const char *text, void *address)
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)

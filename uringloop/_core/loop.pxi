@@ -49,6 +49,7 @@ cdef class LoopCore:
     cdef bint stepwise           # asyncio's own turn, because a building block was replaced
     cdef bint awake              # running callbacks: the ready queue is looked at before the kernel is
     cdef bint woken              # the wake-up byte is under way
+    cdef double turned_s         # when the monitor answered last
     cdef double gil_shared_s
     cdef bint shares_gil         # this turn's answers leave together, without the GIL
     cdef bint in_pass            # writes may wait, for the end of their callback or of the turn
@@ -326,7 +327,7 @@ cdef class LoopCore:
         5 ms. Nothing is done for a process without other threads. docs/decisions.md 17
         """
         cdef double now = monotonic()
-        self.shares_gil = False
+        self.turned_s, self.shares_gil = now, False
         if now > self.gil_shared_s + GIL_KEPT_MAX_S:
             self.gil_shared_s = now
             self.shares_gil = PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get())) != NULL

@@ -46,6 +46,8 @@ cdef class Transport(Entry):
     @cython.final
     cdef int begin(self, int fd, waiter) except -1:
         cdef LoopCore loop = self.loop
+        if fd < 0:
+            raise os_error(EBADF)
         self.fd = self.fd_shown = fd  # from here on it is ours to close
         self.closing, self.lost = False, 0
         loop.enter_transport(self)
