@@ -42,6 +42,9 @@ enum ul_kind {
 typedef struct ul_event {
     int32_t fd;
     uint32_t events;
+    int32_t result; /* 0 for readiness */
+    uint32_t _reserved;
+    const void *data;
 } ul_event;
 
 typedef struct ul_statistics {

@@ -77,7 +77,8 @@ _SETUP_FLAGS: Final = {
     1 << 16: "NO_SQARRAY",
 }
 
-_EVENT: Final = Struct("=iI")
+#: fd and events of an `ul_event`; the rest belongs to the native transports.
+_EVENT: Final = Struct(f"=iI{ffi.sizeof('ul_event') - 8}x")
 #: Events that one call into C hands over; a turn that may have all of them calls again.
 EVENTS_MAX: Final = 1024
 
@@ -246,17 +247,17 @@ class FDMon:
             return []
         if n < 0 or n >= EVENTS_MAX:
             return self._unusual_turn(n)
-        return list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
+        return list(_EVENT.iter_unpack(self._out_bytes[: n * _EVENT.size]))
 
     def _unusual_turn(self, n: int) -> list[tuple[int, int]]:
         if n < 0:
             raise self.error(n)
         downgraded = n & lib.UL_DOWNGRADED
         n &= ~lib.UL_DOWNGRADED
-        events = list(_EVENT.iter_unpack(self._out_bytes[: n * 8]))
+        events = list(_EVENT.iter_unpack(self._out_bytes[: n * _EVENT.size]))
         while n == EVENTS_MAX:
             n = lib.ul_fdmon_dispatch(self._mon, self._out, EVENTS_MAX)
-            events += _EVENT.iter_unpack(self._out_bytes[: n * 8])
+            events += _EVENT.iter_unpack(self._out_bytes[: n * _EVENT.size])
         if downgraded:
             self.log_downgrade()
         return events

@@ -13,6 +13,8 @@ cdef extern from "fdmon.h" nogil:
     ctypedef struct ul_event:
         int32_t fd
         uint32_t events
+        int32_t result
+        const void *data
 
     ctypedef struct ul_fdmon:
         uint64_t layout
