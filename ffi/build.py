@@ -12,7 +12,14 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))  # as setuptools wants it
-FILES = ("ring.c", "fdmon.c", "fdmon_io_uring.c", "fdmon_epoll.c", "fdmon_poll.c")
+FILES = (
+    "ring.c",
+    "fdmon.c",
+    "fdmon_io_uring.c",
+    "stream_io_uring.c",
+    "fdmon_epoll.c",
+    "fdmon_poll.c",
+)
 
 #: For both extensions that contain the core.
 sources = [str(HERE / name) for name in FILES]

@@ -5,7 +5,7 @@
  * first, and whatever replaces it or is lost afterwards, every live watch moves along.
  */
 #define _GNU_SOURCE
-#include "fdmon.h"
+#include "fdmon_io_uring.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -23,44 +23,34 @@ uint32_t ul_poll_mask(uint32_t events) {
     return (uint32_t)(((events & UL_READ) ? POLLIN : 0) | ((events & UL_WRITE) ? POLLOUT : 0));
 }
 
-/* Not that of a bad descriptor, and not when UL_ONCE's only report is on its way already. */
-bool ul_fdmon_wants_kernel(const ul_watch *watch) {
-    return watch->events && !watch->parked && !(watch->events & UL_ONCE && watch->revents);
-}
+/* ---- queues ---- */
 
-/* ---- lists of descriptors: room for every watch is reserved when the table grows, so a push cannot fail ---- */
+static ul_item *item_at(const ul_queue *queue, uint32_t i) { return &queue->items[(queue->first + i) & (queue->cap - 1)]; }
 
-static void compact(ul_fd_list *list) {
-    memmove(list->fds, list->fds + list->first, (list->count - list->first) * sizeof *list->fds);
-    list->count -= list->first;
-    list->first = 0;
-}
-
-void ul_fd_list_push(ul_fd_list *list, int fd) {
-    if (list->count == list->cap)
-        compact(list);
-    list->fds[list->count++] = fd;
-}
-
-bool ul_fd_list_empty(const ul_fd_list *list) { return list->first == list->count; }
-
-int ul_fd_list_pop(ul_fd_list *list) {
-    if (ul_fd_list_empty(list))
-        return -1;
-    int fd = list->fds[list->first++];
-    if (ul_fd_list_empty(list))
-        list->first = list->count = 0;
-    return fd;
-}
-
-static int reserve(ul_fd_list *list, size_t watches_cap) {
-    size_t cap = 2 * watches_cap; /* twice, so that compact() moves each entry at most once per watches_cap pushes */
-    int32_t *fds = realloc(list->fds, cap * sizeof *fds);
-    if (!fds)
+static int reserve(ul_queue *queue, size_t needed) {
+    ul_queue larger = {.count = queue->count, .cap = WATCHES_MIN};
+    while (larger.cap < needed)
+        larger.cap *= 2;
+    if (larger.cap <= queue->cap)
+        return 0;
+    larger.items = malloc(larger.cap * sizeof *larger.items);
+    if (!larger.items)
         return -ENOMEM;
-    list->fds = fds;
-    list->cap = cap;
+    for (uint32_t i = 0; i < queue->count; i++)
+        larger.items[i] = *item_at(queue, i);
+    free(queue->items);
+    *queue = larger;
     return 0;
+}
+
+void ul_queue_put(ul_queue *queue, ul_item item) { *item_at(queue, queue->count++) = item; }
+
+ul_item ul_queue_pop(ul_queue *queue) {
+    ul_item item = *item_at(queue, 0);
+    queue->first++;
+    if (--queue->count == 0)
+        queue->first = 0; /* the same memory again, while it is hot */
+    return item;
 }
 
 static int grow_table(ul_fdmon *mon, int fd) {
@@ -72,7 +62,8 @@ static int grow_table(ul_fdmon *mon, int fd) {
     struct pollfd *pollfds = realloc(mon->pollfds, cap * sizeof *pollfds); /* so that the floor cannot fail */
     if (pollfds)
         mon->pollfds = pollfds;
-    if (!pollfds || reserve(&mon->pending, cap) < 0 || reserve(&mon->ready, cap) < 0)
+    /* Collected can be, for each descriptor, its readiness and the end of its stream; and every buffer. */
+    if (!pollfds || reserve(&mon->pending, cap) < 0 || reserve(&mon->collected, 2 * cap + UL_BUFFERS_MAX) < 0)
         return -ENOMEM;
     ul_watch *watches = realloc(mon->watches, cap * sizeof *watches);
     if (!watches)
@@ -83,6 +74,8 @@ static int grow_table(ul_fdmon *mon, int fd) {
     return 0;
 }
 
+/* ---- collecting and reporting ---- */
+
 static void add_ready(ul_fdmon *mon, int fd, uint32_t events) {
     ul_watch *watch = &mon->watches[fd];
     mon->ready_live += !watch->revents && events;
@@ -90,17 +83,23 @@ static void add_ready(ul_fdmon *mon, int fd, uint32_t events) {
     if (watch->on_ready || !watch->revents)
         return;
     watch->on_ready = true;
-    ul_fd_list_push(&mon->ready, fd);
+    ul_queue_put(&mon->collected, (ul_item){.fd = fd, .kind = UL_READ});
 }
 
 /* As EpollSelector reads them: whatever is not POLLOUT alone wakes a reader, whatever is not POLLIN alone wakes a writer, so
  * HUP and ERR wake both. Bits nobody asked for (io_uring adds POLLRDHUP) are dropped first. */
 bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents) {
-    ul_watch *watch = &mon->watches[fd];
-    revents &= ul_poll_mask(watch->events) | POLLERR | POLLHUP;
+    uint32_t asked = ul_polled_events(mon, &mon->watches[fd]);
+    revents &= ul_poll_mask(asked) | POLLERR | POLLHUP;
     uint32_t events = ((revents & ~(uint32_t)POLLOUT) ? UL_READ : 0) | ((revents & ~(uint32_t)POLLIN) ? UL_WRITE : 0);
-    add_ready(mon, fd, events & watch->events);
-    return events & watch->events;
+    add_ready(mon, fd, events & asked);
+    return events & asked;
+}
+
+void ul_fdmon_collect_data(ul_fdmon *mon, int fd, int32_t result, int32_t buffer) {
+    ul_queue_put(&mon->collected, (ul_item){fd, UL_DATA, result, buffer});
+    mon->watches[fd].data_queued++;
+    mon->ready_live++;
 }
 
 void ul_fdmon_park(ul_fdmon *mon, int fd) {
@@ -108,12 +107,16 @@ void ul_fdmon_park(ul_fdmon *mon, int fd) {
     add_ready(mon, fd, mon->watches[fd].events & (UL_READ | UL_WRITE));
 }
 
-static bool report(ul_fdmon *mon, int fd, ul_event *out) {
-    ul_watch *watch = &mon->watches[fd];
+static bool report_readiness(ul_fdmon *mon, ul_item item, ul_event *out) {
+    ul_watch *watch = &mon->watches[item.fd];
+    if (watch->revents & UL_READ && watch->data_queued) { /* what may be read comes after what was received */
+        ul_queue_put(&mon->collected, item);
+        return false;
+    }
     watch->on_ready = false;
     if (!watch->revents) /* removed or changed since it was collected */
         return false;
-    *out = (ul_event){.fd = fd, .events = watch->revents};
+    *out = (ul_event){.fd = item.fd, .events = watch->revents};
     watch->revents = 0;
     mon->ready_live--;
     if (watch->events & UL_ONCE) {
@@ -124,11 +127,41 @@ static bool report(ul_fdmon *mon, int fd, ul_event *out) {
     return true;
 }
 
+static void report_data(ul_fdmon *mon, ul_item item, ul_event *out) {
+    *out = (ul_event){.fd = item.fd, .events = UL_DATA, .result = item.result};
+    if (item.buffer != UL_NO_BUFFER)
+        out->data = ul_buffers_hand_over(mon, (uint16_t)item.buffer);
+    mon->watches[item.fd].data_queued--;
+    mon->ready_live--;
+}
+
 int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
     int n = 0;
-    while (n < out_max && !ul_fd_list_empty(&mon->ready))
-        n += report(mon, ul_fd_list_pop(&mon->ready), &out[n]);
+    while (n < out_max && mon->collected.count) {
+        ul_item item = ul_queue_pop(&mon->collected);
+        bool reported = true;
+        if (item.kind == UL_DATA)
+            report_data(mon, item, &out[n]);
+        else
+            reported = report_readiness(mon, item, &out[n]);
+        n += reported;
+    }
     return n;
+}
+
+static void drop_data(ul_fdmon *mon, int fd) {
+    ul_watch *watch = &mon->watches[fd];
+    for (uint32_t n = watch->data_queued ? mon->collected.count : 0; n > 0; n--) {
+        ul_item item = ul_queue_pop(&mon->collected);
+        if (item.fd != fd || item.kind != UL_DATA) {
+            ul_queue_put(&mon->collected, item);
+            continue;
+        }
+        if (item.buffer != UL_NO_BUFFER)
+            ul_buffers_give_back(mon, (uint16_t)item.buffer);
+        watch->data_queued--;
+        mon->ready_live--;
+    }
 }
 
 /* The outer loop watches the eventfd only. It stays readable while anything waits for a turn: changes not yet submitted (a
@@ -175,8 +208,9 @@ void ul_fdmon_free(ul_fdmon *mon) {
         return;
     pthread_mutex_destroy(&mon->lock);
     free(mon->watches);
-    free(mon->pending.fds);
-    free(mon->ready.fds);
+    free(mon->pending.items);
+    free(mon->collected.items);
+    ul_buffers_free(mon->buffers);
     free(mon->requests);
     free(mon->epoll_events);
     free(mon->pollfds);
@@ -295,7 +329,8 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
         return 0;
     watch->events = (uint8_t)events;
     watch->revents = 0;
-    watch->parked = watch->edge = false;
+    watch->parked = watch->edge = watch->no_receive = false;
+    watch->ended = before.ended && (before.data_queued || before.events & events & UL_RECV);
     ret = mon->ops->update(mon, fd, before.events);
     if (ret < 0 && events) {
         *watch = before;
@@ -307,10 +342,17 @@ static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
     return 0;
 }
 
+static bool makes_sense(uint32_t events) {
+    static const uint32_t once = UL_READ | UL_WRITE | UL_ONCE, receive = UL_READ | UL_WRITE | UL_RECV;
+    if (events & UL_RECV)
+        return events & UL_READ && !(events & ~receive);
+    return events != UL_ONCE && !(events & ~once);
+}
+
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
     if (fd < 0)
         return -EBADF;
-    if (events & ~(uint32_t)(UL_READ | UL_WRITE | UL_ONCE) || events == UL_ONCE)
+    if (!makes_sense(events))
         return -EINVAL;
     pthread_mutex_lock(&mon->lock);
     int ret = -EBADF;
@@ -322,6 +364,30 @@ int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
         ul_fdmon_want_turn(mon);
     pthread_mutex_unlock(&mon->lock);
     return ret;
+}
+
+int ul_fdmon_forget(ul_fdmon *mon, int fd) {
+    pthread_mutex_lock(&mon->lock);
+    if (!mon->closed && fd >= 0 && (size_t)fd < mon->watches_cap) {
+        ul_watch *watch = &mon->watches[fd];
+        if (watch->receive)
+            mon->requests[watch->receive - 1].forgotten = true;
+        set_watch(mon, fd, 0);
+        drop_data(mon, fd);
+        watch->ended = false;
+        ul_fdmon_want_turn(mon);
+    }
+    pthread_mutex_unlock(&mon->lock);
+    return 0;
+}
+
+void ul_fdmon_use_streams(ul_fdmon *mon, bool use) {
+    pthread_mutex_lock(&mon->lock);
+    mon->streams_off = !use;
+    for (size_t fd = 0; mon->ops->streams && fd < mon->watches_cap; fd++)
+        if (mon->watches[fd].events & UL_RECV)
+            ul_want_armed(mon, (int)fd);
+    pthread_mutex_unlock(&mon->lock);
 }
 
 static int wait_or_downgrade(ul_fdmon *mon, int64_t timeout_ns) {
@@ -339,6 +405,7 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
     if (ret == 0) {
         mon->turns++;
         renew(mon);
+        ul_buffers_take_back(mon);
         if (mon->ready_live == 0 || mon->ready_live < (size_t)out_max) { /* else the rest of earlier turns fills this one */
             forget_wanted_turn(mon);
             timeout_ns = mon->ready_live ? 0 : timeout_ns;
@@ -346,7 +413,7 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
         }
         if (ret >= 0)
             ret = mon->ops->dispatch(mon, out, out_max);
-        if (!ul_fd_list_empty(&mon->pending) || mon->ready_live)
+        if (mon->pending.count || mon->ready_live)
             ul_fdmon_want_turn(mon);
         if (ret >= 0 && mon->downgrade_unreported) {
             mon->downgrade_unreported = false;

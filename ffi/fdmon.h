@@ -29,6 +29,8 @@ enum {
     UL_READ = 1, /* the values of selectors.EVENT_READ and EVENT_WRITE */
     UL_WRITE = 2,
     UL_ONCE = 4,                /* with them: the watch ends with its first report */
+    UL_RECV = 8,                /* with UL_READ, on a stream socket: report data instead of readiness where the monitor can */
+    UL_DATA = 16,               /* reported: a receive brought something */
     UL_DOWNGRADED = 0x40000000, /* added to a turn's result, once after each downgrade */
 };
 
@@ -41,10 +43,10 @@ enum ul_kind {
 
 typedef struct ul_event {
     int32_t fd;
-    uint32_t events;
-    int32_t result; /* 0 for readiness */
+    uint32_t events; /* UL_READ | UL_WRITE: readiness; or UL_DATA alone */
+    int32_t result;  /* UL_DATA: bytes at data, 0 the end of the stream, < 0 -errno */
     uint32_t _reserved;
-    const void *data;
+    const void *data; /* valid until the next ul_fdmon_turn() */
 } ul_event;
 
 typedef struct ul_statistics {
@@ -78,14 +80,18 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
 
 /* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No io_uring_enter but
  * for the removal of an armed watch, which returns when the kernel holds the file no more (from a foreign thread beside a
- * wait: in the owner's next turn). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never fails.
- * | UL_ONCE: the watch is removed when it is reported, without a call; the kernel does not hold the file then. */
+ * wait: when that wait ends). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never fails.
+ * | UL_ONCE: the watch is removed when it is reported, without a call; the kernel does not hold the file then.
+ * UL_READ | UL_RECV, | UL_WRITE or not: where the monitor can, bytes are received and reported as UL_DATA, else readiness is;
+ * which one may change from one event to the next. After a UL_DATA without bytes nothing more is received before a call
+ * without UL_RECV and one with it. What was received is reported, in its order and before readiness, also when UL_RECV or the
+ * watch is taken away: then ul_fdmon_dispatch() has all of it, and only then is what is left the caller's to recv(). */
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events);
 
-/* One turn: hands changes to the kernel, waits at most timeout_ns for readiness (0: not at all), stores up to out_max ready
- * descriptors, each once, and returns their number, perhaps | UL_DOWNGRADED. What there was no room for comes with the next
- * turns, before anything new. 0 before the timeout means "interrupted, ask again": the caller looks after signals and the
- * clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
+/* One turn: hands changes to the kernel, waits at most timeout_ns (0: not at all), stores up to out_max events (one of
+ * readiness for a descriptor, any number of UL_DATA) and returns their number, perhaps | UL_DOWNGRADED. What there was no room
+ * for comes with the next turns, before anything new. 0 before the timeout means "interrupted, ask again": the caller looks
+ * after signals and the clock. -EBUSY: another thread is waiting on this monitor. -EBADF: it is closed. */
 int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max);
 
 /* Hands over what the last turn had no room for. Never blocks, never enters the kernel. */
@@ -102,26 +108,48 @@ void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
 void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
 /* cffi: end */
 
-/* One readiness registration, at watches[fd]. */
+/* Before fd is closed: removes its watch and drops what was received for it and not handed over. 0. */
+int ul_fdmon_forget(ul_fdmon *mon, int fd);
+
+/* false: UL_RECV means UL_READ, whatever the monitor. It is true at first. */
+void ul_fdmon_use_streams(ul_fdmon *mon, bool use);
+
+/* One registration, at watches[fd]. */
 typedef struct ul_watch {
-    uint8_t events;   /* UL_READ | UL_WRITE, perhaps | UL_ONCE; 0 = no watch */
-    uint8_t revents;  /* collected and not handed over yet, in the same bits */
-    bool on_ready;    /* has a place on mon->ready (kept when the watch is removed: the place stays) */
-    bool on_pending;  /* has a place on mon->pending */
-    bool edge;        /* io_uring: a one-shot poll would fire for ever with nothing that was asked for */
-    bool parked;      /* its descriptor is bad: reported once, not armed again before it is changed */
-    bool in_epoll;    /* epoll: the kernel has an entry, perhaps a disabled one that UL_ONCE has left */
-    uint32_t request; /* io_uring: index + 1 of the request in flight; poll: index + 1 in the poll set; 0 = none */
+    uint8_t events;       /* UL_READ | UL_WRITE, | UL_ONCE or | UL_RECV; 0 = no watch */
+    uint8_t revents;      /* readiness, collected and not handed over yet, in the same bits */
+    bool on_ready;        /* has a place for it on mon->collected (kept when the watch is removed: the place stays) */
+    bool on_pending;      /* has a place on mon->pending */
+    bool edge;            /* io_uring: a one-shot poll would fire for ever with nothing that was asked for */
+    bool parked;          /* its descriptor is bad: reported once, not armed again before it is changed */
+    bool ended;           /* UL_RECV: receiving has ended; not again before UL_RECV was taken away and asked for anew */
+    bool no_receive;      /* io_uring cannot receive from this file: UL_RECV means UL_READ */
+    bool in_epoll;        /* epoll: the kernel has an entry, perhaps a disabled one that UL_ONCE has left */
+    uint16_t data_queued; /* UL_DATA on mon->collected; with ended, the end is one of them */
+    uint32_t request;     /* io_uring: index + 1 of the poll in flight; poll: index + 1 in the poll set; 0 = none */
+    uint32_t receive;     /* io_uring: index + 1 of the receive in flight, also of one that is to end: never two at once */
 } ul_watch;
 
-typedef struct ul_fd_list {
-    int32_t *fds;
-    size_t first, count, cap; /* entries fds[first .. count-1] */
-} ul_fd_list;
+enum { UL_NO_BUFFER = -1 };
+
+typedef struct ul_item {
+    int32_t fd;
+    uint32_t kind;  /* of what was collected: UL_READ, readiness, in watches[fd].revents; or UL_DATA */
+    int32_t result; /* as in ul_event */
+    int32_t buffer; /* UL_DATA: the number of the buffer that holds it, or UL_NO_BUFFER */
+} ul_item;
+
+typedef struct ul_queue {
+    ul_item *items; /* a circle; there is room for all that can come, so that putting cannot fail */
+    uint32_t first, count, cap;
+} ul_queue;
+
+typedef struct ul_buffers ul_buffers;
 
 /* The verbs. Each is called with mon->lock held. */
 typedef struct FDMonOps {
     const char *name;
+    bool streams; /* looks after UL_RECV */
 
     /* The watch of fd changed from old_events; mon->watches[fd].events has the new value. An error undoes the change. */
     int (*update)(ul_fdmon *mon, int fd, uint32_t old_events);
@@ -140,13 +168,15 @@ typedef struct FDMonOps {
     void (*close)(ul_fdmon *mon);
 } FDMonOps;
 
-/* A POLL_ADD that the kernel has. user_data = generation << 32 | index + 1: never an fd, because a poll outlives the number. */
+/* What the kernel has. user_data = generation << 32 | index + 1: never an fd, because a request outlives the number. */
 typedef struct ul_request {
     int32_t fd;
     uint32_t generation;
-    uint8_t events;
-    bool multishot;
+    enum { UL_POLLS = 0, UL_RECEIVES } kind;
     enum { UL_FREE = 0, UL_ARMED, UL_DYING } state;
+    uint8_t events; /* of a poll */
+    bool multishot;
+    bool forgotten; /* what this receive still brings is nobody's */
     uint32_t next_free;
 } ul_request;
 
@@ -163,15 +193,19 @@ struct ul_fdmon {
 
     ul_watch *watches; /* by fd */
     size_t watches_cap, watches_live;
-    ul_fd_list pending; /* io_uring: to be (re-)armed in the next enter */
-    ul_fd_list ready;   /* collected, to be dispatched */
-    size_t ready_live;  /* those of them that were not removed or changed since */
+    ul_queue pending;   /* io_uring: to be (re-)armed in the next enter */
+    ul_queue collected; /* to be dispatched, in the order in which it came */
+    size_t ready_live;  /* without the readiness of watches that were removed or changed since */
+
+    ul_buffers *buffers; /* NULL before the first UL_RECV on io_uring; outlives the ring, since data waits in it */
+    bool streams_off;    /* ul_fdmon_use_streams(mon, false) */
+    bool no_receive;     /* refused by the kernel, for good */
 
     ul_ring *ring;
     pthread_t ring_owner;
     ul_request *requests;
     uint32_t requests_cap, requests_in_flight, requests_dying, requests_free; /* free: index + 1 of the first free one */
-    bool left_armed; /* a UL_ONCE watch was collected and its multishot poll goes on: to be ended before it is reported */
+    bool uncancelled; /* some that are to end go on, and nobody has told the kernel: to be done before the turn ends */
     int errors_in_a_row;
     const char *step; /* what is being done with the ring: named when it fails */
     int eventfd;      /* -1 until somebody asks for fileno() */
@@ -201,13 +235,24 @@ void ul_fdmon_io_uring_after_fork(ul_fdmon *mon);
 
 /* Services for the three monitors. */
 uint32_t ul_poll_mask(uint32_t events);                         /* UL_* to poll(2) bits */
-bool ul_fdmon_wants_kernel(const ul_watch *watch);              /* whether its readiness is to be waited for */
 bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents); /* poll(2) bits; false: nothing that was asked for */
-void ul_fdmon_park(ul_fdmon *mon, int fd);                      /* bad descriptor: report once, then leave it alone */
-void ul_fdmon_want_turn(ul_fdmon *mon);                         /* makes an outer loop call us, if there is one */
-void ul_fd_list_push(ul_fd_list *list, int fd);
-int ul_fd_list_pop(ul_fd_list *list); /* -1 when empty */
-bool ul_fd_list_empty(const ul_fd_list *list);
+void ul_fdmon_collect_data(ul_fdmon *mon, int fd, int32_t result, int32_t buffer);
+
+/* The readiness to wait for: without UL_READ where a receive looks after it. */
+static inline uint32_t ul_polled_events(const ul_fdmon *mon, const ul_watch *watch) {
+    bool receiving = mon->ring && mon->ring->buffer_ring && !mon->streams_off && !watch->no_receive;
+    return watch->events & (watch->events & UL_RECV && (receiving || watch->ended) ? UL_WRITE : UL_READ | UL_WRITE);
+}
+
+/* Not that of a bad descriptor, and not when UL_ONCE's only report is on its way already. */
+static inline bool ul_wants_poll(const ul_fdmon *mon, const ul_watch *watch) {
+    return ul_polled_events(mon, watch) && !watch->parked && !(watch->events & UL_ONCE && watch->revents);
+}
+
+void ul_fdmon_park(ul_fdmon *mon, int fd); /* bad descriptor: report once, then leave it alone */
+void ul_fdmon_want_turn(ul_fdmon *mon);    /* makes an outer loop call us, if there is one */
+void ul_queue_put(ul_queue *queue, ul_item item);
+ul_item ul_queue_pop(ul_queue *queue); /* of one that is not empty */
 int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max);
 int ul_fd_pollable(int fd); /* 0 or what epoll_ctl would answer */
 

@@ -19,7 +19,7 @@ static int control(ul_fdmon *mon, int op, int fd) {
     /* EPOLLIN and EPOLLOUT have the values of POLLIN and POLLOUT. */
     ul_watch *watch = &mon->watches[fd];
     uint32_t once = watch->events & UL_ONCE ? (uint32_t)EPOLLONESHOT : 0;
-    struct epoll_event event = {.events = ul_poll_mask(watch->events) | once, .data = {.fd = fd}};
+    struct epoll_event event = {.events = ul_poll_mask(ul_polled_events(mon, watch)) | once, .data = {.fd = fd}};
     if (epoll_ctl(mon->epoll_fd, op, fd, &event) < 0)
         return -errno;
     watch->in_epoll = true;
@@ -37,7 +37,7 @@ static int leave(ul_fdmon *mon, int fd) {
  * a_number_used_again_after_its_only_report_is_the_new_file, a_number_that_becomes_another_file_and_again_the_old_one. */
 static int epoll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
     ul_watch *watch = &mon->watches[fd];
-    if (!watch->events)
+    if (!ul_polled_events(mon, watch))
         return watch->in_epoll ? leave(mon, fd) : 0;
     int op = watch->in_epoll ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
     int err = control(mon, op, fd);
@@ -123,7 +123,7 @@ int ul_fdmon_epoll_setup(ul_fdmon *mon) {
     mon->epoll_fd = fd;
     for (size_t i = 0; i < mon->watches_cap; i++) {
         mon->watches[i].in_epoll = false; /* in another instance, perhaps: a forked child comes here too */
-        if (!ul_fdmon_wants_kernel(&mon->watches[i]))
+        if (!ul_wants_poll(mon, &mon->watches[i]))
             continue;
         int err = control(mon, EPOLL_CTL_ADD, (int)i);
         if (err == -ENOMEM || err == -ENOSPC) { /* epoll itself is full (fs.epoll.max_user_watches) */

@@ -4,7 +4,8 @@
  * Why it exists: QEMU's fdmon-io_uring idea for asyncio. Promise: a turn costs one io_uring_enter however many watches
  * changed, and none at all when nothing can have happened.
  *
- * Words: sqe/cqe, submission and completion queue entry; request, a POLL_ADD the kernel has; armed, a watch with a request.
+ * Words: sqe/cqe, submission and completion queue entry; request, what the kernel has to do and has not ended; armed, a watch
+ * with a request. Receives are in stream_io_uring.c.
  *
  * Some facts about polling through io_uring, and what they mean here:
  *
@@ -25,12 +26,12 @@
  *   request. Test: test_a_wake_up_without_readiness_does_not_keep_a_removed_watch_in_the_kernel.
  * - A poll whose submitting thread has exited ends with -ECANCELED; the watch is simply armed again.
  * - A closed descriptor answers -EBADF at once and for ever: such a watch is reported once and parked.
- * - The ring obeys one thread. A turn in another thread (-EEXIST) builds a new ring there and arms everything again; polls
- *   consume nothing, so nothing is lost.
+ * - The ring obeys one thread. A turn in another thread (-EEXIST) builds a new ring there and arms everything again. What the
+ *   old one has completed is read first, which needs no call; what it has not completed has consumed nothing.
  * - Dropping the ring (munmap, close) needs no enter, hence no owner: the way out for every call from a wrong thread.
  */
 #define _GNU_SOURCE
-#include "fdmon.h"
+#include "fdmon_io_uring.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -60,7 +61,7 @@ static int grow_requests(ul_fdmon *mon) {
     return 0;
 }
 
-static uint64_t request_user_data(const ul_fdmon *mon, uint32_t id) {
+uint64_t ul_request_user_data(const ul_fdmon *mon, uint32_t id) {
     return (uint64_t)mon->requests[id - 1].generation << 32 | id;
 }
 
@@ -84,29 +85,33 @@ static void forget_requests(ul_fdmon *mon) {
         if (mon->requests[id - 1].state != UL_FREE)
             free_request(mon, id);
     for (size_t fd = 0; fd < mon->watches_cap; fd++)
-        mon->watches[fd].request = 0;
+        mon->watches[fd].request = mon->watches[fd].receive = 0;
 }
 
-static void want_armed(ul_fdmon *mon, int fd) {
+void ul_want_armed(ul_fdmon *mon, int fd) {
     ul_watch *watch = &mon->watches[fd];
     if (watch->on_pending)
         return;
     watch->on_pending = true;
-    ul_fd_list_push(&mon->pending, fd);
+    ul_queue_put(&mon->pending, (ul_item){.fd = fd});
 }
 
 static void want_all_armed(ul_fdmon *mon) {
     for (size_t fd = 0; fd < mon->watches_cap; fd++)
-        if (ul_fdmon_wants_kernel(&mon->watches[fd]))
-            want_armed(mon, (int)fd);
+        if (mon->watches[fd].events)
+            ul_want_armed(mon, (int)fd);
 }
+
+static void read_queue(ul_fdmon *mon);
 
 static void drop_ring(ul_fdmon *mon) {
     if (!mon->ring)
         return;
+    if (mon->ring->pid == getpid()) /* else its memory stayed with the parent, and so does what it has brought */
+        read_queue(mon);
     ul_ring_free(mon->ring);
     mon->ring = NULL;
-    mon->left_armed = false;
+    mon->uncancelled = false;
     forget_requests(mon);
 }
 
@@ -156,8 +161,6 @@ static int open_ring(ul_fdmon *mon, ul_ring *spare) {
     return 0;
 }
 
-static uint8_t polled_events(const ul_watch *watch) { return watch->events & (UL_READ | UL_WRITE); }
-
 /* UL_ONCE: the kernel must hold the file no more when this is reported. A one-shot poll has ended; a multishot one is ended
  * before the turn does. Test: a_last_report_on_a_half_closed_peer_leaves_no_poll_behind. */
 static void leave_to_report(ul_fdmon *mon, ul_watch *watch) {
@@ -165,7 +168,7 @@ static void leave_to_report(ul_fdmon *mon, ul_watch *watch) {
         return;
     doom_request(mon, watch->request);
     watch->request = 0;
-    mon->left_armed = true;
+    mon->uncancelled = true;
 }
 
 static void polled(ul_fdmon *mon, int fd, uint8_t polled_for, const struct ul_cqe *cqe) {
@@ -176,29 +179,29 @@ static void polled(ul_fdmon *mon, int fd, uint8_t polled_for, const struct ul_cq
         return;
     }
     bool asked_for = cqe->res > 0 && ul_fdmon_collect(mon, fd, (uint32_t)cqe->res);
-    if (cqe->res > 0 && polled_for == polled_events(watch))
+    if (cqe->res > 0 && polled_for == ul_polled_events(mon, watch))
         watch->edge = !asked_for;
     if (asked_for && watch->events & UL_ONCE)
         leave_to_report(mon, watch);
     else if (asked_for || !(cqe->flags & UL_CQE_F_MORE))
-        want_armed(mon, fd);
+        ul_want_armed(mon, fd);
 }
 
 static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
     uint32_t id = (uint32_t)cqe->user_data;
-    if (id == 0 || id > mon->requests_cap || request_user_data(mon, id) != cqe->user_data)
+    if (id == 0 || id > mon->requests_cap || ul_request_user_data(mon, id) != cqe->user_data)
         return; /* the answer to a cancellation */
-    ul_request *request = &mon->requests[id - 1];
-    int fd = request->fd;
-    uint8_t events = request->events;
-    bool live = request->state == UL_ARMED;
+    const ul_request request = mon->requests[id - 1];
     if (!(cqe->flags & UL_CQE_F_MORE)) {
+        ul_watch *watch = &mon->watches[request.fd];
         free_request(mon, id);
-        if (mon->watches[fd].request == id)
-            mon->watches[fd].request = 0;
+        watch->request = watch->request == id ? 0 : watch->request;
+        watch->receive = watch->receive == id ? 0 : watch->receive;
     }
-    if (live)
-        polled(mon, fd, events, cqe);
+    if (request.kind == UL_RECEIVES)
+        ul_stream_received(mon, &request, cqe);
+    else if (request.state == UL_ARMED)
+        polled(mon, request.fd, request.events, cqe);
 }
 
 /* What an enter's error means. Returns 0 when the caller may look at the queue and go on, else the error. */
@@ -260,7 +263,7 @@ static int cancel(ul_fdmon *mon, uint32_t id) {
     if (!sqe)
         return err;
     if (mon->requests[id - 1].state == UL_DYING) /* else it completed while we made room, and this entry does nothing */
-        ul_prep_cancel(sqe, request_user_data(mon, id));
+        ul_prep_cancel(sqe, ul_request_user_data(mon, id));
     return 0;
 }
 
@@ -272,61 +275,73 @@ static int cancel_dying(ul_fdmon *mon) {
     return err;
 }
 
-static void take_request(ul_fdmon *mon, int fd, struct ul_sqe *sqe) {
-    ul_watch *watch = &mon->watches[fd];
-    uint32_t id = mon->requests_free;
-    ul_request *request = &mon->requests[id - 1];
+struct ul_sqe *ul_request_new(ul_fdmon *mon, int fd, uint32_t *id, int *err) {
+    *err = 0;
+    if (!mon->requests_free) /* cancelled ones have not ended yet */
+        *err = enter_and_drain(mon);
+    if (*err == 0 && !mon->requests_free)
+        *err = -EBUSY;
+    struct ul_sqe *sqe = *err == 0 ? get_sqe(mon, err) : NULL;
+    if (!sqe)
+        return NULL;
+    *id = mon->requests_free;
+    ul_request *request = &mon->requests[*id - 1];
     mon->requests_free = request->next_free;
     mon->requests_in_flight++;
-    request->fd = fd;
-    request->events = polled_events(watch);
-    request->multishot = watch->edge;
-    request->state = UL_ARMED;
-    watch->request = id;
-    ul_prep_poll_add(sqe, fd, ul_poll_mask(request->events), watch->edge, request_user_data(mon, id));
+    *request = (ul_request){.fd = fd, .generation = request->generation, .state = UL_ARMED};
+    return sqe;
 }
 
-static bool is_as_wanted(const ul_watch *watch, const ul_request *request) {
-    return request->state == UL_ARMED && request->events == polled_events(watch) && request->multishot == watch->edge;
+int ul_request_cancel(ul_fdmon *mon, uint32_t id) {
+    doom_request(mon, id);
+    return cancel(mon, id);
 }
 
-/* Gives the kernel what one pending watch needs: nothing, a poll, the end of the old poll, or one in exchange for the other. */
-static int arm(ul_fdmon *mon, int fd) {
+static bool is_as_wanted(const ul_fdmon *mon, const ul_watch *watch, const ul_request *request) {
+    return request->state == UL_ARMED && request->events == ul_polled_events(mon, watch) && request->multishot == watch->edge;
+}
+
+/* Gives the kernel what one pending watch needs: nothing, a poll, the end of the old poll, or one in exchange for the other.
+ * A receive that is to end may have been woken and still take what the poll would find: that must not come before it. Test:
+ * an_echo_server_answers_every_byte_whatever_the_seed. */
+static int arm_poll(ul_fdmon *mon, int fd) {
     int err = 0;
     ul_watch *watch = &mon->watches[fd];
-    uint32_t old = watch->request;
-    bool wanted = ul_fdmon_wants_kernel(watch);
-    if (old && wanted && is_as_wanted(watch, &mon->requests[old - 1]))
+    uint32_t old = watch->request, id;
+    uint8_t events = (uint8_t)ul_polled_events(mon, watch);
+    bool wanted = ul_wants_poll(mon, watch) && !(events & UL_READ && watch->receive);
+    if (old && wanted && is_as_wanted(mon, watch, &mon->requests[old - 1]))
         return 0;
     if (old) {
         watch->request = 0;
-        doom_request(mon, old);
-        if ((err = cancel(mon, old)) < 0)
+        if ((err = ul_request_cancel(mon, old)) < 0)
             return err;
     }
-    if (!wanted)
-        return 0;
-    if (!mon->requests_free && (err = enter_and_drain(mon)) < 0) /* cancelled ones have not ended yet */
-        return err;
-    if (!mon->requests_free)
-        return -EBUSY;
-    struct ul_sqe *sqe = get_sqe(mon, &err);
+    struct ul_sqe *sqe = wanted ? ul_request_new(mon, fd, &id, &err) : NULL;
     if (!sqe)
         return err;
-    take_request(mon, fd, sqe);
+    mon->requests[id - 1].events = events;
+    mon->requests[id - 1].multishot = watch->edge;
+    watch->request = id;
+    ul_prep_poll_add(sqe, fd, ul_poll_mask(events), watch->edge, ul_request_user_data(mon, id));
     return 0;
+}
+
+static int arm(ul_fdmon *mon, int fd) {
+    const ul_watch *watch = &mon->watches[fd];
+    int err = watch->events & UL_RECV || watch->receive ? ul_stream_arm(mon, fd) : 0;
+    return err < 0 ? err : arm_poll(mon, fd);
 }
 
 static int arm_pending(ul_fdmon *mon) {
     /* Counted first: making room in the queue may collect completions, whose watches want to be armed again after the
      * callbacks, not now. */
-    size_t n = mon->pending.count - mon->pending.first;
-    for (; n > 0; n--) {
-        int fd = ul_fd_list_pop(&mon->pending);
+    for (uint32_t n = mon->pending.count; n > 0; n--) {
+        int fd = ul_queue_pop(&mon->pending).fd;
         mon->watches[fd].on_pending = false;
         int err = arm(mon, fd);
         if (err < 0) {
-            want_armed(mon, fd);
+            ul_want_armed(mon, fd);
             return err;
         }
     }
@@ -347,8 +362,8 @@ static void drop_and_rearm(ul_fdmon *mon) {
 static int reap_dying(ul_fdmon *mon) {
     int err = 0;
     for (int i = 0; err == 0 && mon->requests_dying; i++) {
-        if (mon->left_armed) {
-            mon->left_armed = false;
+        if (mon->uncancelled) {
+            mon->uncancelled = false;
             err = cancel_dying(mon);
         }
         if (err == 0)
@@ -357,20 +372,23 @@ static int reap_dying(ul_fdmon *mon) {
     return err;
 }
 
-static void disarm(ul_fdmon *mon, int fd) {
-    ul_watch *watch = &mon->watches[fd];
-    uint32_t id = watch->request;
-    if (!id)
+/* Ends what the kernel has to do for a watch: its receive and, unless that stays, its poll. */
+static void disarm(ul_fdmon *mon, int fd, bool poll_stays) {
+    const ul_watch *watch = &mon->watches[fd];
+    const uint32_t ids[] = {watch->receive, poll_stays ? 0 : watch->request};
+    if (!ids[0] && !ids[1])
         return;
-    doom_request(mon, id);
+    for (int i = 0; i < 2; i++)
+        if (ids[i])
+            doom_request(mon, ids[i]);
     if (may_enter(mon)) {
-        watch->request = 0;
-        int err = mon->requests_dying > 1 ? cancel_dying(mon) : cancel(mon, id); /* more: another thread's, not cancelled yet */
-        err = err < 0 ? err : reap_dying(mon);
-        if (err < 0)
+        int err = 0;
+        for (int i = 0; i < 2 && err == 0; i++)
+            err = ids[i] ? cancel(mon, ids[i]) : 0;
+        if (err < 0 || reap_dying(mon) < 0)
             drop_and_rearm(mon);
     } else if (mon->waiting) {
-        want_armed(mon, fd); /* the owner is in the kernel with the ring: it cancels in its next turn */
+        mon->uncancelled = true; /* the owner is in the kernel with the ring: it sees to this when its wait ends */
     } else {
         drop_and_rearm(mon);
     }
@@ -379,16 +397,19 @@ static void disarm(ul_fdmon *mon, int fd) {
 static int io_uring_update(ul_fdmon *mon, int fd, uint32_t old_events) {
     (void)old_events;
     if (!mon->watches[fd].events) {
-        disarm(mon, fd);
+        disarm(mon, fd, false);
         return 0;
     }
     int err = ul_fd_pollable(fd);
-    /* Two for each watch, the old and the new one while a mask changes: a turn allocates nothing. */
-    while (err == 0 && mon->requests_cap < 2 * (mon->watches_live + 1))
+    /* Three for each watch, the old and the new poll while a mask changes, and a receive: a turn allocates nothing. */
+    while (err == 0 && mon->requests_cap < 3 * (mon->watches_live + 1))
         err = grow_requests(mon);
-    if (err == 0)
-        want_armed(mon, fd);
-    return err;
+    if (err < 0)
+        return err;
+    if (!(mon->watches[fd].events & UL_RECV))
+        disarm(mon, fd, true); /* now, so that what it has brought comes before what the caller reads himself */
+    ul_want_armed(mon, fd);
+    return 0;
 }
 
 /* What must be so before this thread may enter: a ring of its own, the outer loop's eventfd, every change in the queue. */
@@ -430,7 +451,7 @@ static int wait_in_this_thread(ul_fdmon *mon, int64_t timeout_ns) {
         err = judge(mon, enter_unlocked(mon, timeout_ns));
         err = err == 0 ? drain(mon) : err;
     }
-    return err == 0 && mon->left_armed ? reap_dying(mon) : err;
+    return err == 0 && mon->uncancelled ? reap_dying(mon) : err;
 }
 
 static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
@@ -445,15 +466,14 @@ static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
 static bool io_uring_need_wait(ul_fdmon *mon) {
     if (!mon->ring)
         return mon->watches_live > 0;
-    return !ul_fd_list_empty(&mon->pending) || ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) ||
+    return mon->pending.count > 0 || ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) ||
            (mon->eventfd >= 0 && !mon->ring->has_eventfd);
 }
 
 static void io_uring_close(ul_fdmon *mon) {
     drop_ring(mon);
-    int fd;
-    while ((fd = ul_fd_list_pop(&mon->pending)) >= 0)
-        mon->watches[fd].on_pending = false;
+    while (mon->pending.count)
+        mon->watches[ul_queue_pop(&mon->pending).fd].on_pending = false;
 }
 
 ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
@@ -462,7 +482,8 @@ ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
     for (uint32_t id = 1; id <= mon->requests_cap; id++)
         if (mon->requests[id - 1].state == UL_ARMED)
             doom_request(mon, id);
-    if (cancel_dying(mon) < 0 || reap_dying(mon) < 0 || ul_ring_set_eventfd(mon->ring, -1) < 0)
+    if (cancel_dying(mon) < 0 || reap_dying(mon) < 0 || ul_ring_set_eventfd(mon->ring, -1) < 0 ||
+        ul_ring_unregister_buffers(mon->ring) < 0)
         return NULL;
     ul_ring *ring = mon->ring;
     mon->ring = NULL;
@@ -471,6 +492,7 @@ ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
 
 static const FDMonOps io_uring_ops = {
     .name = "io_uring",
+    .streams = true,
     .update = io_uring_update,
     .wait = io_uring_wait,
     .need_wait = io_uring_need_wait,

@@ -27,18 +27,17 @@ static void enter_set(ul_fdmon *mon, int fd) {
     ul_watch *watch = &mon->watches[fd];
     if (!watch->request)
         watch->request = (uint32_t)++mon->pollfds_count; /* there is a place for every watch */
-    mon->pollfds[watch->request - 1] = (struct pollfd){.fd = fd, .events = (short)ul_poll_mask(watch->events)};
+    mon->pollfds[watch->request - 1] = (struct pollfd){.fd = fd, .events = (short)ul_poll_mask(ul_polled_events(mon, watch))};
 }
 
 static int poll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
     (void)old_events;
-    if (!mon->watches[fd].events) {
-        leave_set(mon, fd);
-        return 0;
-    }
-    int err = ul_fd_pollable(fd);
-    if (err == 0)
+    bool polled = ul_polled_events(mon, &mon->watches[fd]);
+    int err = mon->watches[fd].events ? ul_fd_pollable(fd) : 0;
+    if (err == 0 && polled)
         enter_set(mon, fd);
+    else if (err == 0)
+        leave_set(mon, fd);
     return err;
 }
 
@@ -66,7 +65,7 @@ static void collect_polled(ul_fdmon *mon, const struct pollfd *polled) {
         ul_fdmon_park(mon, polled->fd);
     } else {
         ul_fdmon_collect(mon, polled->fd, (uint32_t)polled->revents);
-        if (!ul_fdmon_wants_kernel(watch))
+        if (!ul_wants_poll(mon, watch))
             leave_set(mon, polled->fd);
     }
 }
@@ -108,6 +107,6 @@ static const FDMonOps poll_ops = {
 void ul_fdmon_poll_setup(ul_fdmon *mon) {
     mon->ops = &poll_ops;
     for (size_t fd = 0; fd < mon->watches_cap; fd++)
-        if (ul_fdmon_wants_kernel(&mon->watches[fd]))
+        if (ul_wants_poll(mon, &mon->watches[fd]))
             enter_set(mon, (int)fd);
 }

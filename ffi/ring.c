@@ -32,6 +32,7 @@ enum {
     SMALL_SQ_ENTRIES = 64,
     SMALL_CQ_ENTRIES = 256,
     ENOMEM_RETRIES = 6, /* sleeps of 0.5, 1, 2 .. 16 ms: 31.5 ms in all */
+    BUFFER_RING_BYTES = UL_BUFFERS_MAX * sizeof(struct ul_buffer_place),
 };
 
 static long sys_setup(uint32_t entries, struct ul_params *params) {
@@ -200,9 +201,12 @@ void ul_ring_close(ul_ring *ring) {
         munmap(ring->sqes_map, ring->sqes_size_bytes);
     if (ring->rings_map && mapped_here)
         munmap(ring->rings_map, ring->rings_size_bytes);
+    if (ring->buffer_ring && mapped_here)
+        munmap(ring->buffer_ring, BUFFER_RING_BYTES);
     if (ring->fd >= 0 && (syscall(SYS_io_uring_enter, ring->fd, 0, 0, 0, NULL, 0) >= 0 || !number_is_lost(errno)))
         close(ring->fd);
     ring->sqes_map = ring->rings_map = NULL;
+    ring->buffer_ring = NULL;
     ring->fd = -1;
 }
 
@@ -251,7 +255,7 @@ const struct ul_cqe *ul_ring_peek(const ul_ring *ring) {
 }
 
 void ul_ring_seen(ul_ring *ring) {
-    __atomic_add_fetch(&ring->counts->cqes, 1, __ATOMIC_RELAXED);
+    ring->counts->cqes++; /* never beside a wait, as the others are: needs no atomic */
     __atomic_store_n(ring->cq_head, *ring->cq_head + 1, __ATOMIC_RELEASE);
 }
 
@@ -265,6 +269,42 @@ int ul_ring_set_eventfd(ul_ring *ring, int eventfd) {
     return 0;
 }
 
+/* The memory is ours, since kernels before 6.4 cannot map theirs. It cannot grow. */
+int ul_ring_register_buffers(ul_ring *ring) {
+    void *map = mmap(NULL, BUFFER_RING_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (map == MAP_FAILED)
+        return -ENOMEM;
+    struct ul_buffer_ring_registration registration = {.ring_addr = (uint64_t)(uintptr_t)map, .ring_entries = UL_BUFFERS_MAX};
+    if (madvise(map, BUFFER_RING_BYTES, MADV_DONTFORK) != 0 ||
+        syscall(SYS_io_uring_register, ring->fd, UL_REGISTER_BUFFER_RING, &registration, 1) < 0) {
+        int err = errno;
+        munmap(map, BUFFER_RING_BYTES);
+        return -err;
+    }
+    ring->buffer_ring = map;
+    ring->buffer_ring_tail = 0;
+    return 0;
+}
+
+int ul_ring_unregister_buffers(ul_ring *ring) {
+    struct ul_buffer_ring_registration registration = {0};
+    if (!ring->buffer_ring)
+        return 0;
+    if (syscall(SYS_io_uring_register, ring->fd, UL_UNREGISTER_BUFFER_RING, &registration, 1) < 0)
+        return -errno;
+    munmap(ring->buffer_ring, BUFFER_RING_BYTES);
+    ring->buffer_ring = NULL;
+    return 0;
+}
+
+void ul_ring_give_buffer(ul_ring *ring, void *buffer, uint32_t size_bytes, uint16_t number) {
+    struct ul_buffer_place *place = &ring->buffer_ring[ring->buffer_ring_tail++ & (UL_BUFFERS_MAX - 1)];
+    place->addr = (uint64_t)(uintptr_t)buffer;
+    place->len = size_bytes;
+    place->number = number;
+    __atomic_store_n(&ring->buffer_ring[0].tail, ring->buffer_ring_tail, __ATOMIC_RELEASE);
+}
+
 void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool multishot, uint64_t user_data) {
     sqe->opcode = UL_OP_POLL_ADD;
     sqe->fd = fd;
@@ -273,6 +313,14 @@ void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool mul
 #endif
     sqe->op_flags = poll_events;
     sqe->len = multishot ? UL_POLL_ADD_MULTI : 0;
+    sqe->user_data = user_data;
+}
+
+void ul_prep_receive(struct ul_sqe *sqe, int fd, uint64_t user_data) {
+    sqe->opcode = UL_OP_RECV;
+    sqe->flags = UL_IOSQE_BUFFER_SELECT; /* from group 0 */
+    sqe->ioprio = UL_RECV_MULTISHOT;
+    sqe->fd = fd;
     sqe->user_data = user_data;
 }
 

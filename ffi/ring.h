@@ -17,6 +17,8 @@
 
 #include "uring_abi.h"
 
+enum { UL_BUFFERS_MAX = 1024 }; /* a power of two; with its places, 16 KiB of locked memory */
+
 typedef struct ul_ring_counts {
     uint64_t enters;    /* io_uring_enter system calls */
     uint64_t sqes;      /* submission entries the kernel took */
@@ -42,6 +44,9 @@ typedef struct ul_ring {
 
     void *rings_map, *sqes_map;
     size_t rings_size_bytes, sqes_size_bytes;
+
+    struct ul_buffer_place *buffer_ring; /* NULL: none is registered */
+    uint16_t buffer_ring_tail;
     bool has_eventfd;
     ul_ring_counts *counts; /* of the present user; never NULL while the ring is in use */
 } ul_ring;
@@ -78,8 +83,16 @@ void ul_ring_seen(ul_ring *ring);
 /* The eventfd that the kernel signals at each completion, deferred ones too; -1 takes it away. */
 int ul_ring_set_eventfd(ul_ring *ring, int eventfd);
 
+/* Gives the kernel an empty ring of buffers to choose from, and takes it away again once no receive is in flight. */
+int ul_ring_register_buffers(ul_ring *ring);
+int ul_ring_unregister_buffers(ul_ring *ring);
+/* One buffer for the kernel to fill; at most UL_BUFFERS_MAX at a time. Writes shared memory only. */
+void ul_ring_give_buffer(ul_ring *ring, void *buffer, uint32_t size_bytes, uint16_t number);
+
 /* Fills in a poll, one-shot or multishot. poll_events are poll(2) bits. */
 void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool multishot, uint64_t user_data);
+/* Fills in a multishot receive into the ring's buffers. */
+void ul_prep_receive(struct ul_sqe *sqe, int fd, uint64_t user_data);
 /* Fills in the cancellation of a request. Its own completion carries user_data 0. */
 void ul_prep_cancel(struct ul_sqe *sqe, uint64_t target_user_data);
 

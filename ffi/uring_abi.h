@@ -69,11 +69,29 @@ struct ul_getevents_arg {
     uint64_t ts;
 };
 
+struct ul_buffer_place {
+    uint64_t addr;
+    uint32_t len;
+    uint16_t number, tail; /* tail: the ring's, in its first place only */
+};
+
+struct ul_buffer_ring_registration {
+    uint64_t ring_addr;
+    uint32_t ring_entries;
+    uint16_t group, flags;
+    uint64_t _reserved[3];
+};
+
 enum {
     UL_OP_POLL_ADD = 6,
     UL_OP_ASYNC_CANCEL = 14,
-    UL_POLL_ADD_MULTI = 1 << 0, /* in ul_sqe.len */
-    UL_CQE_F_MORE = 1 << 1,     /* in ul_cqe.flags */
+    UL_OP_RECV = 27,
+    UL_POLL_ADD_MULTI = 1 << 0,      /* in ul_sqe.len */
+    UL_RECV_MULTISHOT = 1 << 1,      /* in ul_sqe.ioprio */
+    UL_IOSQE_BUFFER_SELECT = 1 << 5, /* in ul_sqe.flags */
+    UL_CQE_F_BUFFER = 1 << 0,        /* in ul_cqe.flags, with the buffer's number above UL_CQE_BUFFER_SHIFT */
+    UL_CQE_F_MORE = 1 << 1,
+    UL_CQE_BUFFER_SHIFT = 16,
     UL_SETUP_CQSIZE = 1 << 3,
     UL_SETUP_CLAMP = 1 << 4,
     UL_SETUP_SUBMIT_ALL = 1 << 7,
@@ -93,6 +111,8 @@ enum {
     UL_SQ_TASKRUN = 1 << 2,
     UL_REGISTER_EVENTFD = 4,
     UL_UNREGISTER_EVENTFD = 5,
+    UL_REGISTER_BUFFER_RING = 22,
+    UL_UNREGISTER_BUFFER_RING = 23,
 };
 
 #define UL_OFF_RINGS 0x0ULL
@@ -100,6 +120,8 @@ enum {
 
 _Static_assert(sizeof(struct ul_sqe) == 64, "the kernel's submission entry has 64 bytes");
 _Static_assert(sizeof(struct ul_cqe) == 16, "the kernel's completion entry has 16 bytes");
+_Static_assert(sizeof(struct ul_buffer_place) == 16, "struct io_uring_buf has 16 bytes");
+_Static_assert(sizeof(struct ul_buffer_ring_registration) == 40, "struct io_uring_buf_reg has 40 bytes");
 _Static_assert(sizeof(struct ul_params) == 120, "struct io_uring_params has 120 bytes");
 
 #endif

@@ -30,7 +30,8 @@ static inline int64_t now_ns(void) {
 static inline ul_fdmon *open_monitor(enum ul_kind kind) {
     ul_fdmon *mon = NULL;
     ul_setup_info info;
-    CHECK(ul_fdmon_new(kind, NULL, &mon, &info) == 0);
+    if (!CHECK(ul_fdmon_new(kind, NULL, &mon, &info) == 0))
+        fprintf(stderr, "%s: errno %d\n", info.refused_step, info.refused_errno);
     return mon;
 }
 

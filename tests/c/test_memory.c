@@ -182,6 +182,28 @@ static void a_turn_that_finds_no_memory_says_so_and_the_next_one_works(enum ul_k
     close(ready);
 }
 
+static void receiving_that_finds_no_memory_becomes_readiness(enum ul_kind kind) {
+    for (int always = 0; always <= 1; always++) {
+        for (int allocation = 0, failed = 1; failed; allocation++) {
+            ul_fdmon *mon = open_monitor(kind);
+            struct pair pair = open_pair();
+            put(pair.peer);
+            CHECK(ul_fdmon_update(mon, pair.ours, UL_READ) == 0);
+            CHECK(next_events(mon, out, 8, SOON) == 1);
+            fail_from(allocation, always ? FOR_EVER : 1);
+            CHECK(ul_fdmon_update(mon, pair.ours, UL_READ | UL_RECV) == 0);
+            int n = next_events(mon, out, 8, SOON);
+            CHECK(n == 1 && out[0].events == (failed_allocations ? UL_READ : UL_DATA));
+            CHECK(failed_allocations || *(const char *)out[0].data == 'x');
+            fail_no_more();
+            failed = failed_allocations;
+            CHECK(monitor_is(mon, name_of(kind)) && statistics_of(mon).downgrades == 0);
+            close_monitor(mon);
+            close_pair(pair);
+        }
+    }
+}
+
 static void closing_needs_no_memory(enum ul_kind kind) {
     struct pair pair = open_pair();
     ul_fdmon *mon = open_monitor(kind);
@@ -199,4 +221,5 @@ TESTS(TEST(a_monitor_that_cannot_be_made_leaves_nothing_behind, ON_ALL),
       TEST(a_spare_ring_is_freed_when_its_next_monitor_cannot_be_made, ON_IO_URING),
       TEST(a_ring_without_memory_falls_back, ON_EPOLL),
       TEST(a_watch_that_finds_no_memory_is_refused_and_the_others_stay, ON_ALL), TEST(removing_needs_no_memory, ON_ALL),
-      TEST(a_turn_that_finds_no_memory_says_so_and_the_next_one_works, ON_ALL), TEST(closing_needs_no_memory, ON_ALL))
+      TEST(a_turn_that_finds_no_memory_says_so_and_the_next_one_works, ON_ALL),
+      TEST(receiving_that_finds_no_memory_becomes_readiness, ON_IO_URING), TEST(closing_needs_no_memory, ON_ALL))

@@ -2,8 +2,9 @@
 /*
  * UL_ONCE: a watch that ends with its first report.
  *
- * Why it exists: sock_recv() and its like wait for a descriptor once, and pay for every call around that. Promise: one report and
- * never a second, on whatever monitor the loop is by then; afterwards the kernel holds the file no more; the next wait costs one call.
+ * Why it exists: sock_recv() and its like wait for a descriptor once, and pay for every call around that. Promise: one report
+ * and never a second, on whatever monitor the loop is by then; afterwards the kernel holds the file no more; the next wait costs
+ * one call.
  */
 #define _GNU_SOURCE
 #include <pthread.h>

@@ -8,6 +8,8 @@ cdef extern from "fdmon.h" nogil:
         UL_READ
         UL_WRITE
         UL_ONCE
+        UL_RECV
+        UL_DATA
         UL_DOWNGRADED
 
     ctypedef struct ul_event:
@@ -22,3 +24,6 @@ cdef extern from "fdmon.h" nogil:
     uint64_t UL_FDMON_LAYOUT
     int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events)
     int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
+    int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max)
+    int ul_fdmon_forget(ul_fdmon *mon, int fd)
+    void ul_fdmon_use_streams(ul_fdmon *mon, bint use)
