@@ -369,12 +369,10 @@ int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
 int ul_fdmon_forget(ul_fdmon *mon, int fd) {
     pthread_mutex_lock(&mon->lock);
     if (!mon->closed && fd >= 0 && (size_t)fd < mon->watches_cap) {
-        ul_watch *watch = &mon->watches[fd];
-        if (watch->receive)
-            mon->requests[watch->receive - 1].forgotten = true;
+        if (mon->watches[fd].receive)
+            mon->requests[mon->watches[fd].receive - 1].forgotten = true;
         set_watch(mon, fd, 0);
         drop_data(mon, fd);
-        watch->ended = false;
         ul_fdmon_want_turn(mon);
     }
     pthread_mutex_unlock(&mon->lock);
@@ -387,6 +385,7 @@ void ul_fdmon_use_streams(ul_fdmon *mon, bool use) {
     for (size_t fd = 0; mon->ops->streams && fd < mon->watches_cap; fd++)
         if (mon->watches[fd].events & UL_RECV)
             ul_want_armed(mon, (int)fd);
+    ul_fdmon_want_turn(mon);
     pthread_mutex_unlock(&mon->lock);
 }
 

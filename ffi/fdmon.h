@@ -108,7 +108,8 @@ void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
 void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
 /* cffi: end */
 
-/* Before fd is closed: removes its watch and drops what was received for it and not handed over. 0. */
+/* Before fd is closed: removes its watch and drops what was received for it and not handed over. What was handed over, and not
+ * looked at yet, is the caller's to drop: the number may be another connection's by then. 0. */
 int ul_fdmon_forget(ul_fdmon *mon, int fd);
 
 /* false: UL_RECV means UL_READ, whatever the monitor. It is true at first. */
@@ -130,7 +131,7 @@ typedef struct ul_watch {
     uint32_t receive;     /* io_uring: index + 1 of the receive in flight, also of one that is to end: never two at once */
 } ul_watch;
 
-enum { UL_NO_BUFFER = -1 };
+enum { UL_NO_BUFFER = -1, UL_BUFFER_BYTES = 2048 /* of one of the buffers for received data */ };
 
 typedef struct ul_item {
     int32_t fd;

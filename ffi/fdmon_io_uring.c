@@ -45,6 +45,7 @@ enum {
     REQUESTS_MIN = 64,
     TRANSIENT_ERRORS_MAX = 16,
     REAP_ROUNDS_MAX = 1000,
+    UL_HANGUP = 128, /* of a request's events, beside UL_WRITE: the end of the stream, which the receive may miss */
 };
 
 static int grow_requests(ul_fdmon *mon) {
@@ -171,15 +172,28 @@ static void leave_to_report(ul_fdmon *mon, ul_watch *watch) {
     mon->uncancelled = true;
 }
 
+/* What is polled for, with UL_HANGUP beside a receive. A poll for reading waits for the end of a receive that is to end: that
+ * may have been woken and still take what the poll would find. Test: a_poll_for_reading_waits_until_the_receive_has_ended. */
+static uint32_t events_to_poll(const ul_fdmon *mon, const ul_watch *watch) {
+    uint32_t events = ul_wants_poll(mon, watch) ? ul_polled_events(mon, watch) : 0;
+    if (!watch->receive)
+        return events;
+    return events & UL_READ ? 0 : events | UL_HANGUP;
+}
+
 static void polled(ul_fdmon *mon, int fd, uint8_t polled_for, const struct ul_cqe *cqe) {
     ul_watch *watch = &mon->watches[fd];
     bool passing = cqe->res == -ECANCELED || cqe->res == -ENOMEM || cqe->res == -EAGAIN || cqe->res == -EINTR;
     if (cqe->res < 0 && !passing) {
-        ul_fdmon_park(mon, fd);
+        if (polled_for != UL_HANGUP) /* else the receive has the same error */
+            ul_fdmon_park(mon, fd);
         return;
     }
     bool asked_for = cqe->res > 0 && ul_fdmon_collect(mon, fd, (uint32_t)cqe->res);
-    if (cqe->res > 0 && polled_for == ul_polled_events(mon, watch))
+    bool hung_up = cqe->res > 0 && polled_for & UL_HANGUP && cqe->res & (POLLRDHUP | POLLHUP | POLLERR);
+    if (hung_up)
+        watch->no_receive |= !watch->ended;
+    else if (cqe->res > 0 && polled_for == ul_polled_events(mon, watch))
         watch->edge = !asked_for;
     if (asked_for && watch->events & UL_ONCE)
         leave_to_report(mon, watch);
@@ -297,33 +311,31 @@ int ul_request_cancel(ul_fdmon *mon, uint32_t id) {
     return cancel(mon, id);
 }
 
-static bool is_as_wanted(const ul_fdmon *mon, const ul_watch *watch, const ul_request *request) {
-    return request->state == UL_ARMED && request->events == ul_polled_events(mon, watch) && request->multishot == watch->edge;
+static bool is_as_wanted(const ul_watch *watch, uint8_t events, const ul_request *request) {
+    return request->state == UL_ARMED && request->events == events && request->multishot == watch->edge;
 }
 
-/* Gives the kernel what one pending watch needs: nothing, a poll, the end of the old poll, or one in exchange for the other.
- * A receive that is to end may have been woken and still take what the poll would find: that must not come before it. Test:
- * an_echo_server_answers_every_byte_whatever_the_seed. */
+/* Gives the kernel what one pending watch needs: nothing, a poll, the end of the old poll, or one in exchange for the other. */
 static int arm_poll(ul_fdmon *mon, int fd) {
     int err = 0;
     ul_watch *watch = &mon->watches[fd];
     uint32_t old = watch->request, id;
-    uint8_t events = (uint8_t)ul_polled_events(mon, watch);
-    bool wanted = ul_wants_poll(mon, watch) && !(events & UL_READ && watch->receive);
-    if (old && wanted && is_as_wanted(mon, watch, &mon->requests[old - 1]))
+    uint8_t events = (uint8_t)events_to_poll(mon, watch);
+    if (old && events && is_as_wanted(watch, events, &mon->requests[old - 1]))
         return 0;
     if (old) {
         watch->request = 0;
         if ((err = ul_request_cancel(mon, old)) < 0)
             return err;
     }
-    struct ul_sqe *sqe = wanted ? ul_request_new(mon, fd, &id, &err) : NULL;
+    struct ul_sqe *sqe = events ? ul_request_new(mon, fd, &id, &err) : NULL;
     if (!sqe)
         return err;
     mon->requests[id - 1].events = events;
     mon->requests[id - 1].multishot = watch->edge;
     watch->request = id;
-    ul_prep_poll_add(sqe, fd, ul_poll_mask(events), watch->edge, ul_request_user_data(mon, id));
+    ul_prep_poll_add(sqe, fd, ul_poll_mask(events) | (events & UL_HANGUP ? POLLRDHUP : 0), watch->edge,
+                     ul_request_user_data(mon, id));
     return 0;
 }
 

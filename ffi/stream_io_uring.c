@@ -13,6 +13,10 @@
  *   owner was waiting. They are handed over in any case, in their order, unless the caller has said ul_fdmon_forget(). Tests:
  *   data_that_a_removed_watch_has_brought_is_reported_and_the_rest_stays_in_the_socket,
  *   a_removal_by_another_thread_loses_no_byte_and_a_forgotten_stream_is_silent.
+ * - A multishot receive can miss the end of a stream. Woken, it reads until nothing is left and waits for the next wake-up; a
+ *   reset, or the close of a Unix socket, that came before or together with the data has had its own. (Linux 6.18: after 32
+ *   buffers at once. Kernels before 2026: always.) So a poll for POLLRDHUP waits beside each receive; when it fires first,
+ *   UL_RECV means UL_READ for that watch: recv() looks for itself. Test: an_end_that_wakes_no_receive_is_found.
  * - An error that a receive has fetched is gone from the socket. So a cancelled receive's error is handed over too.
  * - A buffer ring is a first-in first-out queue and walks through all its memory. It begins with what the second-level cache
  *   holds and grows when -ENOBUFS shows that this is not enough; kernels before 6.5 also end a cancelled receive with that.
@@ -32,12 +36,11 @@
 #include <sys/mman.h>
 
 enum {
-    BUFFER_BYTES = 2048,
     BUFFERS_FIRST = 128, /* 256 KiB */
 };
 
 struct ul_buffers {
-    char memory[UL_BUFFERS_MAX][BUFFER_BYTES]; /* page-aligned; what the kernel never got was never touched and costs nothing */
+    char memory[UL_BUFFERS_MAX][UL_BUFFER_BYTES]; /* page-aligned; what the kernel never got costs nothing */
     uint64_t grown_in_turn;
     uint32_t count, handed_count;
     uint16_t handed[UL_BUFFERS_MAX];
@@ -61,7 +64,7 @@ void ul_buffers_free(ul_buffers *buffers) {
 }
 
 static void give(ul_fdmon *mon, uint32_t number) {
-    ul_ring_give_buffer(mon->ring, mon->buffers->memory[number], BUFFER_BYTES, (uint16_t)number);
+    ul_ring_give_buffer(mon->ring, mon->buffers->memory[number], UL_BUFFER_BYTES, (uint16_t)number);
 }
 
 void ul_buffers_give_back(ul_fdmon *mon, uint16_t number) {
@@ -132,7 +135,7 @@ int ul_stream_arm(ul_fdmon *mon, int fd) {
     uint32_t old = watch->receive, id;
     bool wanted = watch->events & UL_RECV && !(ul_polled_events(mon, watch) & UL_READ) && !watch->ended && !watch->parked;
     if (old) /* what takes the place of one that is to end comes when it has ended */
-        return wanted || mon->requests[old - 1].state == UL_DYING ? 0 : ul_request_cancel(mon, old);
+        return wanted ? 0 : ul_request_cancel(mon, old);
     struct ul_sqe *sqe = wanted ? ul_request_new(mon, fd, &id, &err) : NULL;
     if (!sqe)
         return err;
@@ -177,7 +180,7 @@ void ul_stream_received(ul_fdmon *mon, const ul_request *request, const struct u
     if (request->forgotten)
         return;
     if (result > 0 && buffer != UL_NO_BUFFER)
-        ul_fdmon_collect_data(mon, request->fd, result < BUFFER_BYTES ? result : BUFFER_BYTES, buffer);
+        ul_fdmon_collect_data(mon, request->fd, result < UL_BUFFER_BYTES ? result : UL_BUFFER_BYTES, buffer);
     else
         receive_ended(mon, request, result > 0 ? -EIO : result);
 }

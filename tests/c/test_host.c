@@ -63,6 +63,30 @@ static void the_descriptor_stays_the_same_and_is_quiet_when_idle(enum ul_kind ki
     close_pair(pair);
 }
 
+static void received_data_wakes_the_host_and_so_does_more_than_there_are_buffers_for(enum ul_kind kind) {
+    enum { BYTES = 600000, PIECE = 20000 };
+    ul_fdmon *mon = open_monitor(kind);
+    struct pair pair = open_pair();
+    ul_event out[16];
+    CHECK(ul_fdmon_fileno(mon) >= 0);
+    CHECK(ul_fdmon_update(mon, pair.ours, UL_READ | UL_RECV) == 0);
+    settle(mon);
+    static const char bytes[PIECE];
+    for (int fed = 0, got = 0; got < BYTES;) {
+        for (ssize_t n = 1; n > 0 && fed < BYTES; fed += n > 0 ? (int)n : 0)
+            n = write(pair.peer, bytes, PIECE);
+        if (!CHECK(is_due(mon, 2000)))
+            break;
+        int n = ul_fdmon_turn(mon, 0, out, 16);
+        for (int i = 0; i < n; i++)
+            if (CHECK(out[i].events == UL_DATA && out[i].result > 0))
+                got += out[i].result;
+    }
+    settle(mon);
+    close_monitor(mon);
+    close_pair(pair);
+}
+
 static void an_event_before_and_after_the_descriptor_was_asked_for_wakes_the_host(enum ul_kind kind) {
     for (int ready_first = 0; ready_first <= 1; ready_first++) {
         ul_fdmon *mon = open_monitor(kind);
@@ -207,7 +231,8 @@ static void a_ring_handed_on_does_not_signal_its_former_host(enum ul_kind kind) 
     close_pair(pair);
 }
 
-TESTS(TEST(poll_has_no_descriptor_for_a_host, ON_POLL),
+TESTS(TEST(received_data_wakes_the_host_and_so_does_more_than_there_are_buffers_for, ON_IO_URING),
+      TEST(poll_has_no_descriptor_for_a_host, ON_POLL),
       TEST(the_descriptor_stays_the_same_and_is_quiet_when_idle, ON_IO_URING | ON_EPOLL),
       TEST(an_event_before_and_after_the_descriptor_was_asked_for_wakes_the_host, ON_IO_URING | ON_EPOLL),
       TEST(a_host_is_woken_for_every_byte, ON_IO_URING | ON_EPOLL),

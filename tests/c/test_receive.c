@@ -141,6 +141,7 @@ static void an_end_that_waits_for_room_is_not_repeated(enum ul_kind kind) {
         CHECK(ul_fdmon_update(mon, pair.ours, 0) == 0);
     }
     CHECK(mon->collected.count == 1);
+    CHECK(receive(mon, pair.ours) == 0);
     CHECK(gather(mon, 0, 64) == 1 && intakes[pair.ours].ends == 1);
     CHECK(is_quiet(mon, 1 * MS));
     close_monitor(mon);
@@ -213,6 +214,7 @@ static void data_that_a_removed_watch_has_brought_is_reported_and_the_rest_stays
         intakes[pair.ours].leave_it = true;
         CHECK(ul_fdmon_update(mon, pair.ours, events) == 0);
         uint64_t enters = statistics_of(mon).enters;
+        CHECK(mon->watches[pair.ours].receive == 0);
         feed(pair.peer, 10000);
         while (gather_dispatched(mon) > 0)
             ;
@@ -224,7 +226,7 @@ static void data_that_a_removed_watch_has_brought_is_reported_and_the_rest_stays
         CHECK(receive(mon, pair.ours) == 0); /* and back */
         feed(pair.peer, 10000);
         check_complete(mon, pair);
-        CHECK(mon->requests_in_flight == 1);
+        CHECK(mon->watches[pair.ours].receive != 0);
         close_monitor(mon);
         close_pair(pair);
     }
@@ -267,6 +269,41 @@ static void readiness_that_was_collected_before_data_does_not_come_before_it(enu
     }
 }
 
+static void readiness_that_was_collected_is_data_once_a_receive_is_armed(enum ul_kind kind) {
+    ul_fdmon *mon = open_monitor(kind);
+    struct pair pair = open_stream();
+    ul_fdmon_use_streams(mon, false);
+    CHECK(receive(mon, pair.ours) == 0);
+    feed(pair.peer, 100);
+    CHECK(ul_fdmon_turn(mon, 0, NULL, 0) == 0 && mon->ready_live == 1);
+    ul_fdmon_use_streams(mon, true);
+    check_complete(mon, pair);
+    CHECK(intakes[pair.ours].read_events == 0);
+    close_monitor(mon);
+    close_pair(pair);
+}
+
+/* Else it would find what the receive, woken before it was cancelled, is about to take. */
+static void a_poll_for_reading_waits_until_the_receive_has_ended(enum ul_kind kind) {
+    enum { MANY = 40 };
+    struct pair pairs[MANY];
+    for (int i = 0; i < MANY; i++)
+        pairs[i] = open_stream();
+    ul_fdmon *mon = receiving_monitor(kind, pairs, MANY);
+    for (int i = 0; i < MANY; i++)
+        feed(pairs[i].peer, 100);
+    uint64_t sqes = statistics_of(mon).sqes;
+    ul_fdmon_use_streams(mon, false);
+    gather(mon, 0, 64);
+    CHECK(statistics_of(mon).sqes ==
+          sqes + 2 * MANY); /* the cancellations of receives and of polls for the end, nothing else */
+    for (int i = 0; i < MANY; i++)
+        check_complete(mon, pairs[i]);
+    close_monitor(mon);
+    for (int i = 0; i < MANY; i++)
+        close_pair(pairs[i]);
+}
+
 static void streams_can_be_switched_off_and_on_while_data_flows(enum ul_kind kind) {
     enum { MANY = 10 };
     struct pair pairs[MANY];
@@ -298,7 +335,7 @@ static void what_is_forgotten_is_not_reported_for_the_next_file_of_that_number(e
     struct pair old = open_stream(), other = open_stream();
     ul_fdmon *mon = receiving_monitor(kind, (struct pair[]){old, other}, 2);
     int number = old.ours;
-    for (int i = 0; i < 300; i++) {
+    for (int i = 0; i < 1500; i++) { /* more often than there are buffers */
         feed(old.peer, 5000);
         feed(other.peer, 100);
         ul_fdmon_turn(mon, 0, NULL, 0);
@@ -321,6 +358,26 @@ static void what_is_forgotten_is_not_reported_for_the_next_file_of_that_number(e
     close_monitor(mon);
     CHECK(kind != UL_IO_URING || intakes[number].data_events > 0);
     close_pair(other);
+}
+
+/* More than a receive takes at once is there before it begins, and so is the end: nothing more will wake it. */
+static void an_end_that_wakes_no_receive_is_found(enum ul_kind kind) {
+    for (int way = 0; way < 3; way++) {
+        ul_fdmon *mon = open_monitor(kind);
+        struct pair pair = way == 2 ? open_tcp_stream() : open_stream();
+        struct linger at_once = {.l_onoff = 1};
+        feed(pair.peer, 70750);
+        CHECK(way != 1 || shutdown(pair.peer, SHUT_WR) == 0);
+        CHECK(way != 2 || setsockopt(pair.peer, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once) == 0);
+        CHECK(way == 1 || close(pair.peer) == 0);
+        CHECK(receive(mon, pair.ours) == 0);
+        GATHER_UNTIL(mon, intakes[pair.ours].ends == 1);
+        CHECK((way == 2 || intakes[pair.ours].bytes == 70750) && intakes[pair.ours].wrong == 0);
+        CHECK(is_quiet(mon, 3 * MS));
+        close_monitor(mon);
+        close(pair.ours);
+        CHECK(way != 1 || close(pair.peer) == 0);
+    }
 }
 
 static void the_peer_sees_end_of_file_after_removal_and_close(enum ul_kind kind) {
@@ -389,6 +446,26 @@ static void more_data_than_buffers_arrives_all_the_same(enum ul_kind kind) {
         for (int i = 0; i < MANY; i++)
             close_pair(pairs[i]);
     }
+}
+
+static void a_kernel_that_found_no_buffer_gets_more(enum ul_kind kind) {
+    enum { MANY = 200, FIRST = 128 };
+    struct pair pairs[MANY];
+    ul_event out[MANY];
+    ul_fdmon *mon = open_monitor(kind);
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < MANY; i++) { /* armed and received by the same enter */
+            pairs[i] = open_stream();
+            feed(pairs[i].peer, 1);
+            CHECK(receive(mon, pairs[i].ours) == 0);
+        }
+        CHECK(ul_fdmon_turn(mon, 0, out, MANY) == (round == 0 ? FIRST : MANY));
+        for (int i = 0; i < MANY; i++) {
+            CHECK(ul_fdmon_forget(mon, pairs[i].ours) == 0);
+            close_pair(pairs[i]);
+        }
+    }
+    close_monitor(mon);
 }
 
 static void data_stays_as_it_is_until_the_next_turn(enum ul_kind kind) {
@@ -541,6 +618,24 @@ static void a_downgrade_loses_no_byte(enum ul_kind kind) {
     believe_the_kernel();
 }
 
+static long enter_works_and_fails(const struct enter_call *call) {
+    real_enter(call);
+    return -EBADR; /* "completions were lost": but not those that are there */
+}
+
+static void an_enter_that_fails_after_it_has_received_loses_no_byte(enum ul_kind kind) {
+    believe_the_kernel();
+    struct pair pair = open_stream();
+    ul_fdmon *mon = receiving_monitor(kind, &pair, 1);
+    feed(pair.peer, 5000);
+    on_enter = enter_works_and_fails;
+    check_complete(mon, pair);
+    CHECK(monitor_is(mon, "epoll") && intakes[pair.ours].data_events > 1);
+    close_monitor(mon);
+    close_pair(pair);
+    believe_the_kernel();
+}
+
 static void *check_in_thread(void *argument) {
     check_that_no_byte_is_lost(((void **)argument)[0], ((void **)argument)[1]);
     return NULL;
@@ -578,13 +673,48 @@ static void an_owner_that_ended_leaves_every_byte(enum ul_kind kind) {
     }
 }
 
-static void *remove_in_thread(void *argument) {
-    ul_fdmon *mon = ((void **)argument)[0];
+static void *wait_in_thread(void *argument) {
+    CHECK(is_quiet(argument, 1 * MS));
+    return NULL;
+}
+
+static void *receive_in_thread(void *argument) {
+    struct pair pair = open_stream();
+    CHECK(receive(argument, pair.ours) == 0);
+    feed(pair.peer, 100);
+    check_complete(argument, pair);
+    CHECK(intakes[pair.ours].data_events == 1);
+    CHECK(ul_fdmon_forget(argument, pair.ours) == 0);
+    close_pair(pair);
+    return NULL;
+}
+
+/* pthread_self() is given out again: the kernel's refusal to register is about the thread, not about buffers. */
+static void a_thread_that_looks_like_the_owner_before_it_receives(enum ul_kind kind) {
+    ul_fdmon *mon = open_monitor(kind);
+    struct pair pair = open_stream();
+    pthread_t threads[2];
+    CHECK(ul_fdmon_update(mon, pair.ours, UL_READ) == 0);
+    CHECK(pthread_create(&threads[0], NULL, wait_in_thread, mon) == 0);
+    pthread_join(threads[0], NULL);
+    CHECK(pthread_create(&threads[1], NULL, receive_in_thread, mon) == 0);
+    CHECK(pthread_equal(threads[0], threads[1]));
+    pthread_join(threads[1], NULL);
+    close_monitor(mon);
+    close_pair(pair);
+}
+
+static void wait_for_the_owner(ul_fdmon *mon) {
     for (bool waiting = false; !waiting;) {
         pthread_mutex_lock(&mon->lock);
         waiting = mon->waiting;
         pthread_mutex_unlock(&mon->lock);
     }
+}
+
+static void *remove_in_thread(void *argument) {
+    ul_fdmon *mon = ((void **)argument)[0];
+    wait_for_the_owner(mon);
     const struct pair *pair = ((void **)argument)[1];
     bool forgets = ((void **)argument)[2];
     CHECK((forgets ? ul_fdmon_forget(mon, pair->ours) : ul_fdmon_update(mon, pair->ours, 0)) == 0);
@@ -617,6 +747,34 @@ static void a_removal_by_another_thread_loses_no_byte_and_a_forgotten_stream_is_
         close(pair.peer);
         close_pair(other);
     }
+}
+
+static void *forget_in_thread(void *argument) {
+    ul_fdmon *mon = ((void **)argument)[0];
+    const struct pair *pair = ((void **)argument)[1];
+    wait_for_the_owner(mon);
+    CHECK(ul_fdmon_forget(mon, pair->ours) == 0);
+    feed(pair->peer, 100000);
+    return NULL;
+}
+
+static void what_a_forgotten_stream_still_brings_takes_no_buffer_away(enum ul_kind kind) {
+    struct pair other = open_stream();
+    ul_fdmon *mon = receiving_monitor(kind, &other, 1);
+    for (int i = 0; i < 100; i++) {
+        struct pair pair = open_stream();
+        pthread_t thread;
+        CHECK(receive(mon, pair.ours) == 0);
+        gather(mon, 0, 64);
+        CHECK(pthread_create(&thread, NULL, forget_in_thread, (void *[]){mon, &pair}) == 0);
+        CHECK(gather(mon, SOON, 64) == 0 && intakes[pair.ours].bytes == 0);
+        pthread_join(thread, NULL);
+        close_pair(pair);
+    }
+    feed(other.peer, 100000);
+    check_complete(mon, other);
+    close_monitor(mon);
+    close_pair(other);
 }
 
 static void a_child_reads_what_it_gets_and_the_parent_what_it_got(enum ul_kind kind) {
@@ -698,15 +856,21 @@ TESTS(TEST(what_is_written_is_reported_as_data, ON_IO_URING),
       TEST(data_that_a_removed_watch_has_brought_is_reported_and_the_rest_stays_in_the_socket, ON_IO_URING),
       TEST(data_comes_before_the_readiness_that_takes_its_place, ON_IO_URING),
       TEST(readiness_that_was_collected_before_data_does_not_come_before_it, ON_ALL),
+      TEST(readiness_that_was_collected_is_data_once_a_receive_is_armed, ON_IO_URING),
+      TEST(a_poll_for_reading_waits_until_the_receive_has_ended, ON_IO_URING),
       TEST(streams_can_be_switched_off_and_on_while_data_flows, ON_IO_URING),
       TEST(what_is_forgotten_is_not_reported_for_the_next_file_of_that_number, ON_ALL),
-      TEST(the_peer_sees_end_of_file_after_removal_and_close, ON_ALL), TEST(a_closed_descriptor_is_an_error_once, ON_IO_URING),
-      TEST(what_is_no_socket_is_watched_instead, ON_ALL), TEST(more_data_than_buffers_arrives_all_the_same, ON_ALL),
+      TEST(an_end_that_wakes_no_receive_is_found, ON_ALL), TEST(the_peer_sees_end_of_file_after_removal_and_close, ON_ALL),
+      TEST(a_closed_descriptor_is_an_error_once, ON_IO_URING), TEST(what_is_no_socket_is_watched_instead, ON_ALL),
+      TEST(more_data_than_buffers_arrives_all_the_same, ON_ALL), TEST(a_kernel_that_found_no_buffer_gets_more, ON_IO_URING),
       TEST(data_stays_as_it_is_until_the_next_turn, ON_IO_URING),
       TEST(a_ring_that_may_not_have_buffers_reports_readiness, ON_IO_URING),
       TEST(a_spare_ring_receives_for_its_next_monitor, ON_IO_URING), TEST(a_downgrade_loses_no_byte, ON_IO_URING | ON_EPOLL),
+      TEST(an_enter_that_fails_after_it_has_received_loses_no_byte, ON_IO_URING),
+      TEST(a_thread_that_looks_like_the_owner_before_it_receives, ON_IO_URING),
       TEST(a_move_to_another_thread_loses_no_byte, ON_ALL), TEST(an_owner_that_ended_leaves_every_byte, ON_ALL),
       TEST(a_removal_by_another_thread_loses_no_byte_and_a_forgotten_stream_is_silent, ON_IO_URING),
+      TEST(what_a_forgotten_stream_still_brings_takes_no_buffer_away, ON_IO_URING),
       TEST(a_child_reads_what_it_gets_and_the_parent_what_it_got, ON_ALL),
       TEST(closing_the_monitor_lets_go_of_every_file, ON_ALL),
       TEST(a_thousand_messages_cost_a_thousandth_of_a_request_each, ON_IO_URING))

@@ -11,6 +11,7 @@ cdef extern from "fdmon.h" nogil:
         UL_RECV
         UL_DATA
         UL_DOWNGRADED
+        UL_BUFFER_BYTES
 
     ctypedef struct ul_event:
         int32_t fd
