@@ -6,15 +6,17 @@ flight, whatever the test was about.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import uringloop
-from tests.support import polls_in_kernel, ring_files
+from tests.support import make_loop_named, polls_in_kernel, ring_files
 from uringloop import fdmon
 
 MONITORS = ("io_uring", "epoll", "poll")
@@ -46,6 +48,31 @@ def monitor(request: pytest.FixtureRequest) -> str:
     if reason:
         pytest.skip(reason)
     return str(request.param)
+
+
+def loop_named(name: str, patch: pytest.MonkeyPatch) -> Iterator[asyncio.AbstractEventLoop]:
+    """asyncio's own loop, or ours on a monitor, perhaps with a way to send or to receive."""
+    monitor, _, mode = name.partition(" ")
+    uses = {"stock": "poll", "stepwise": "io_uring"}.get(monitor, monitor)
+    if reason := refusal(uses):
+        pytest.skip(reason)
+    if mode:
+        is_receiving = mode in ("readiness", "auto", "ring")
+        patch.setenv("URINGLOOP_RECEIVE" if is_receiving else "URINGLOOP_SEND", mode)
+    loop = make_loop_named(monitor)
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Room for a thousand connections, both ends of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2500:
+        pytest.skip(f"only {hard} descriptors are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2500), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture

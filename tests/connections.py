@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import random
 import shutil
 import socket
 import ssl
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -180,6 +181,14 @@ async def served(
             await end(protocol.transport)
 
 
+async def send_and_see(protocol: Peer, sock: socket.socket, count: int) -> None:
+    """Send single bytes, each received before the next is sent."""
+    for _ in range(count):
+        size = len(protocol.data) + 1
+        sock.send(b"x")
+        await protocol.received(size)
+
+
 async def read(sock: socket.socket, size_bytes: int) -> bytes:
     """Exactly so many bytes of a socket; fewer mean that it ended."""
     loop = asyncio.get_running_loop()
@@ -209,6 +218,18 @@ def reset(sock: socket.socket) -> None:
     """Close a TCP socket so that its peer is reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+@contextlib.contextmanager
+def number_given_to(stranger: socket.socket, near: socket.socket) -> Iterator[int]:
+    """Closes a socket behind its transport's back; another one has its number for a while."""
+    number = near.fileno()
+    near.close()
+    os.dup2(stranger.fileno(), number)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 async def turns(count: int = 5) -> None:

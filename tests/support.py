@@ -129,6 +129,22 @@ def in_thread(function: Callable[[], T]) -> T:
         return thread.submit(function).result(30)
 
 
+class Stepwise(uringloop.EventLoop):
+    """Replaces a building block of the turn, as looptime does: it gets asyncio's own turn."""
+
+    def time(self) -> float:
+        return super().time()
+
+
+def make_loop_named(name: str) -> asyncio.AbstractEventLoop:
+    """asyncio's own loop, or ours on a monitor; "stepwise" is ours under asyncio's own turn."""
+    if name == "stock":
+        return asyncio.SelectorEventLoop()
+    if name == "stepwise":
+        return Stepwise(monitor="io_uring")
+    return uringloop.new_event_loop(monitor=name)
+
+
 # ---------------------------------------------------------------------- what a process has
 
 #: The mappings and descriptors of rings, of which a thread may keep one spare.
@@ -206,13 +222,13 @@ def deny(number: int, *calls: str) -> None:
 NOBODY = 65534
 
 
-def become_nobody(memlock_bytes: int, hard_bytes: int | None = None) -> None:
+def become_nobody(memlock_bytes: int, hard_bytes: int | None = None, user: int = NOBODY) -> None:
     """Go on as an ordinary user with this RLIMIT_MEMLOCK. There is no way back: only in a child."""
     hard = memlock_bytes if hard_bytes is None else hard_bytes
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock_bytes, hard))
     os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+    os.setgid(user)
+    os.setuid(user)
     # Without PR_SET_DUMPABLE a process that has changed its user may not read its own /proc.
     assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0
 

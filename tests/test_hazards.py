@@ -27,8 +27,19 @@ from typing import Any, cast
 import pytest
 
 import uringloop
-from tests.connections import MIB, BufferedPeer, Peer, end, read, read_to_end, served, turns, wired
-from tests.support import in_thread, run, run_child, unexpected
+from tests.connections import (
+    MIB,
+    BufferedPeer,
+    Peer,
+    end,
+    number_given_to,
+    read,
+    read_to_end,
+    served,
+    turns,
+    wired,
+)
+from tests.support import Stepwise, in_thread, run, run_child, unexpected
 from uringloop._core import DatagramTransport, StreamTransport
 
 #: Later than this was not what the test waited for. Wide, for busy machines.
@@ -36,13 +47,6 @@ SOON_S = 5.0
 
 #: What no socket takes at once.
 MUCH = b"x" * (4 * MIB)
-
-
-class Stepwise(uringloop.EventLoop):
-    """Replaces a building block of the turn, as looptime does: it gets asyncio's own turn."""
-
-    def time(self) -> float:
-        return super().time()
 
 
 @pytest.fixture
@@ -129,18 +133,6 @@ def fork_after_a_write(monitor: str) -> str:
 
 def test_a_fork_after_a_write_does_not_send_it_twice(monitor: str) -> None:
     assert run_child(fork_after_a_write, monitor).value == "hello"
-
-
-@contextlib.contextmanager
-def number_given_to(stranger: socket.socket, near: socket.socket) -> Iterator[int]:
-    """Closes a socket behind its transport's back; another one has its number for a while."""
-    number = near.fileno()
-    near.close()
-    os.dup2(stranger.fileno(), number)
-    try:
-        yield number
-    finally:
-        os.close(number)
 
 
 def test_a_socket_closed_behind_its_transport_sends_nothing_to_who_has_its_number_now(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import resource
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import Any, cast
 import pytest
 
 import uringloop
-from tests.conftest import MONITORS, refusal
+from tests.conftest import MONITORS, loop_named
 from tests.connections import (
     MIB,
     TOO_MUCH,
@@ -41,24 +40,8 @@ BUFFERS_KIB = (64, 120, 128, 256)
 SIZES = sorted({1, MIB, *(kib * 1024 + by for kib in BUFFERS_KIB for by in (-1, 0, 1))})
 STYLES = ("Protocol", "BufferedProtocol", "streams")
 STYLED = pytest.mark.parametrize("style", STYLES)
-LOOPS = ("stock", *MONITORS)
+LOOPS = ("stock", *MONITORS, "io_uring ring")
 MODES = [f"{monitor} {mode}" for monitor in MONITORS for mode in ("now", "callback", "turn")]
-
-
-def loop_named(name: str, patch: pytest.MonkeyPatch) -> Iterator[AnyLoop]:
-    """asyncio's own loop, or ours on a monitor, with or without a send mode."""
-    monitor, _, mode = name.partition(" ")
-    if monitor != "stock" and (reason := refusal(monitor)):
-        pytest.skip(reason)
-    if mode:
-        patch.setenv("URINGLOOP_SEND", mode)
-    loop: AnyLoop
-    if monitor == "stock":
-        loop = asyncio.SelectorEventLoop()
-    else:
-        loop = uringloop.new_event_loop(monitor=monitor)
-    yield loop
-    loop.close()
 
 
 @pytest.fixture(params=LOOPS)
@@ -209,17 +192,6 @@ def test_messages_of_every_size_follow_each_other_on_one_connection(
 
 
 # --------------------------------------------------------------------------------- many connections
-
-
-@pytest.fixture
-def many_files() -> Iterator[None]:
-    """Room for a thousand connections, both ends of them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < 2500:
-        pytest.skip(f"only {hard} descriptors are allowed here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2500), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("style", ["Protocol", "BufferedProtocol"])

@@ -55,7 +55,17 @@ from tests.connections import (
     turns,
     wired,
 )
-from tests.support import IO_URING, deny, in_thread, ring_files, run, run_child, unexpected
+from tests.support import (
+    IO_URING,
+    Stepwise,
+    deny,
+    in_thread,
+    make_loop_named,
+    ring_files,
+    run,
+    run_child,
+    unexpected,
+)
 
 T = TypeVar("T")
 
@@ -69,13 +79,6 @@ KIB = 1024
 
 KINDS = pytest.mark.parametrize("kind", ["unix", "tcp"])
 on_io_uring = pytest.mark.parametrize("monitor", ["io_uring"], indirect=True)
-
-
-def make_loop_named(name: str) -> AnyLoop:
-    """asyncio's own loop, or ours on a monitor."""
-    if name == "stock":
-        return asyncio.SelectorEventLoop()
-    return uringloop.new_event_loop(monitor=name)
 
 
 @pytest.fixture(params=["stock", *MONITORS])
@@ -2865,13 +2868,6 @@ def test_a_loop_that_is_closed_under_waiting_calls_lets_go_of_their_sockets(name
         gc.collect()
 
 
-class Stepwise(uringloop.EventLoop):
-    """Replaces a building block of the turn, as looptime does: it gets asyncio's own turn."""
-
-    def time(self) -> float:
-        return super().time()
-
-
 @STREAM_READS
 def test_a_loop_with_asyncios_own_turn_makes_the_same_calls(monitor: str, receive: Receive) -> None:
     with contextlib.closing(Stepwise(monitor=monitor)) as loop:
@@ -3133,7 +3129,7 @@ def use_much(name: str, rounds: int) -> list[int]:
                 for call in (
                     loop.sock_recv(near, -1),
                     loop.sock_recv_into(near, b""),
-                    loop.sock_sendall(near, "text"),
+                    loop.sock_sendall(near, "text"),  # type: ignore[arg-type]
                 ):
                     with contextlib.suppress(TypeError, ValueError):
                         await call

@@ -36,7 +36,7 @@ from typing import Any, cast
 import pytest
 
 import uringloop
-from tests.conftest import MONITORS, refusal
+from tests.conftest import MONITORS, loop_named, refusal
 from tests.connections import (
     MIB,
     TOO_MUCH,
@@ -49,12 +49,13 @@ from tests.connections import (
     read_now,
     read_to_end,
     reset,
+    send_and_see,
     served,
     tcp_pair,
     turns,
     wired,
 )
-from tests.support import run, run_child
+from tests.support import make_loop_named, run, run_child
 
 AnyLoop = asyncio.AbstractEventLoop
 Loop = uringloop.EventLoop
@@ -68,21 +69,14 @@ SINCE_3_14 = sys.version_info >= (3, 14)
 SINCE_3_15 = sys.version_info >= (3, 15)
 
 
-def make_loop_named(name: str) -> AnyLoop:
-    """asyncio's own loop, or ours on a monitor."""
-    return (
-        asyncio.SelectorEventLoop() if name == "stock" else uringloop.new_event_loop(monitor=name)
-    )
-
-
-@pytest.fixture(params=["stock", *MONITORS])
-def contract_loop(request: pytest.FixtureRequest) -> Iterator[AnyLoop]:
-    """asyncio's own loop, which shows that the test is right, and ours on each monitor."""
-    if request.param != "stock" and (reason := refusal(request.param)):
-        pytest.skip(reason)
-    loop = make_loop_named(request.param)
-    yield loop
-    loop.close()
+@pytest.fixture(params=["stock", *MONITORS, "io_uring ring"])
+def contract_loop(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AnyLoop]:
+    """asyncio's own loop, which shows that the test is right, and ours on each monitor, on io_uring
+    also with all that is received by the ring.
+    """
+    yield from loop_named(request.param, monkeypatch)
 
 
 def is_stock(loop: AnyLoop) -> bool:
@@ -179,14 +173,6 @@ class BufferedInContext(InContext, BufferedPeer):
     def get_buffer(self, sizehint: int) -> Any:
         self.asked = VAR.get()
         return super().get_buffer(sizehint)
-
-
-async def send_and_see(protocol: Peer, sock: socket.socket, count: int) -> None:
-    """Send single bytes, each received before the next is sent."""
-    for _ in range(count):
-        size = len(protocol.data) + 1
-        sock.send(b"x")
-        await protocol.received(size)
 
 
 @KINDS

@@ -55,6 +55,10 @@ _DATAGRAM_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 #: the turn together with all the others. docs/decisions.md 16
 _SEND_POLICIES: Final = ("now", "callback", "turn")
 
+#: Who receives on io_uring: a transport when its socket is readable, the monitor while messages are
+#: small, or the monitor always. docs/decisions.md 22
+_RECEIVE_MODES: Final = ("readiness", "auto", "ring")
+
 _RECV_BYTES_MIN, _RECV_BYTES_MAX = 4096, 16 * 1024 * 1024
 
 
@@ -68,15 +72,18 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
 
     Raises UringUnavailable when a forced monitor is refused, and ValueError for an unknown name.
 
-    For measuring: URINGLOOP_SEND ("now", "callback" or "turn": when a write leaves) and
+    For measuring: URINGLOOP_SEND ("now", "callback" or "turn": when a write leaves),
+    URINGLOOP_RECEIVE ("readiness", "auto" or "ring": who receives on io_uring) and
     URINGLOOP_RECV_BYTES (4096 to 16777216: how much one read takes), read when a loop is made.
     """
 
     def __init__(self, *, monitor: str | None = None) -> None:
-        send_policy, recv_bytes = _send_policy(), _recv_bytes()
+        send_policy = _chosen("URINGLOOP_SEND", _SEND_POLICIES, "turn")
+        receive_mode = _chosen("URINGLOOP_RECEIVE", _RECEIVE_MODES, "auto")
+        recv_bytes = _recv_bytes()
         selector = _LoopSelector(monitor)
         try:
-            self._open(selector, send_policy, recv_bytes)
+            self._open(selector, send_policy, receive_mode, recv_bytes)
             selector.loop = self
             super().__init__(selector)
         except BaseException:
@@ -265,9 +272,11 @@ class _LoopSelector(Selector):
         self.loop._before_select()
         return super().select(timeout)
 
+    def _turn(self, timeout_ns: int) -> list[tuple[int, int]]:
+        ready: list[tuple[int, int]] = self.loop._turn(timeout_ns)
+        return ready
+
     def _ready_keys(self, ready: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
-        for event in ready:
-            self.loop._deliver_natively(*event)
         return [(key, events) for key, events in super()._ready_keys(ready) if events]
 
 
@@ -306,13 +315,11 @@ class _Transports(MutableMapping[int, Any]):
         return sum(1 for _ in self)
 
 
-def _send_policy() -> str:
-    policy = os.environ.get("URINGLOOP_SEND") or _SEND_POLICIES[-1]
-    if policy not in _SEND_POLICIES:
-        raise ValueError(
-            f"URINGLOOP_SEND must be one of {', '.join(_SEND_POLICIES)}, not {policy!r}"
-        )
-    return policy
+def _chosen(variable: str, choices: tuple[str, ...], default: str) -> str:
+    choice = os.environ.get(variable) or default
+    if choice not in choices:
+        raise ValueError(f"{variable} must be one of {', '.join(choices)}, not {choice!r}")
+    return choice
 
 
 def _recv_bytes() -> int:

@@ -142,14 +142,17 @@ class Selector(selectors._BaseSelectorImpl):
         of the time (PEP 475).
         """
         if timeout is None:
-            ready = self._fdmon.turn(-1, self._events_max) or self._turn_until(None)
+            ready = self._turn(-1) or self._turn_until(None)
         elif timeout <= 0:
-            ready = self._fdmon.turn(0, self._events_max)
+            ready = self._turn(0)
         else:
             timeout_ns = min(math.ceil(timeout * 1e9), _TIMEOUT_NS_MAX)
             deadline_ns = time.monotonic_ns() + timeout_ns
-            ready = self._fdmon.turn(timeout_ns, self._events_max) or self._turn_until(deadline_ns)
+            ready = self._turn(timeout_ns) or self._turn_until(deadline_ns)
         return self._ready_keys(ready)
+
+    def _turn(self, timeout_ns: int) -> list[tuple[int, int]]:
+        return self._fdmon.turn(timeout_ns, self._events_max)
 
     def _ready_keys(self, ready: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
         keys = self._fd_to_key
@@ -165,7 +168,7 @@ class Selector(selectors._BaseSelectorImpl):
                 timeout_ns = deadline_ns - time.monotonic_ns()
                 if timeout_ns <= 0:
                     break
-            ready = self._fdmon.turn(timeout_ns, self._events_max)
+            ready = self._turn(timeout_ns)
         return ready
 
     def close(self) -> None:

@@ -19,6 +19,11 @@ cdef enum SendPolicy:
     SEND_CALLBACK
     SEND_TURN
 
+cdef enum ReceiveMode:
+    RECEIVE_READINESS  # the monitor says when, the transport reads
+    RECEIVE_AUTO       # the monitor receives for a transport while its messages are small
+    RECEIVE_RING       # always, but for BufferedProtocol
+
 cdef struct FirstTry:
     int fd, err
     iovec piece
@@ -62,6 +67,7 @@ cdef class LoopCore:
     cdef PyObject **transports   # by descriptor, borrowed
     cdef int transports_size
     cdef ReadMemory memory
+    cdef ReceiveMode receive_mode
 
     def __cinit__(self, *args, **kwargs):
         self.closed = True  # nothing to close before asyncio's __init__ has run
@@ -74,7 +80,7 @@ cdef class LoopCore:
     def __dealloc__(self):
         free(self.transports)
 
-    def _open(self, selector, str send_policy, Py_ssize_t read_size):
+    def _open(self, selector, str send_policy, str receive_mode, Py_ssize_t read_size):
         """Takes over the selector's monitor. Before asyncio's __init__, which watches the wake-up descriptor."""
         self.selector = selector
         self.fdmon = selector._fdmon
@@ -84,6 +90,10 @@ cdef class LoopCore:
             raise ImportError("uringloop's two extensions were built from different sources; install it again")
         self.keys = selector._fd_to_key
         self.send_policy = {"now": SEND_NOW, "callback": SEND_CALLBACK, "turn": SEND_TURN}[send_policy]
+        if self.fdmon.name == "io_uring":
+            self.receive_mode = {
+                "readiness": RECEIVE_READINESS, "auto": RECEIVE_AUTO, "ring": RECEIVE_RING
+            }[receive_mode]
         self.memory = ReadMemory()
         self.memory.size = read_size
         self.examine_building_blocks()
@@ -300,9 +310,15 @@ cdef class LoopCore:
         return <int64_t>ceil((timeout_s if timeout_s < SELECT_TIMEOUT_MAX_S else SELECT_TIMEOUT_MAX_S) * 1e9)
 
     cdef int poll(self, int64_t timeout_ns) except -1:
-        """One turn of the monitor. The GIL is kept when that cannot block: letting it go costs more than asking."""
         cdef ul_event events[EVENTS_PER_TURN]
-        cdef int n, i
+        cdef int i
+        for i in range(self.turn(timeout_ns, events)):
+            self.deliver(&events[i])
+        return 0
+
+    cdef int turn(self, int64_t timeout_ns, ul_event *events) except -1:
+        """One turn of the monitor. The GIL is kept when that cannot block: letting it go costs more than asking."""
+        cdef int n
         self.woken = False
         if timeout_ns == 0 and not self.shares_gil:
             n = ul_fdmon_turn(self.monitor, 0, events, EVENTS_PER_TURN)
@@ -315,9 +331,7 @@ cdef class LoopCore:
         if n & UL_DOWNGRADED:
             self.fdmon.log_downgrade()
             n &= ~UL_DOWNGRADED
-        for i in range(n):
-            self.deliver(events[i].fd, events[i].events)
-        return 0
+        return n
 
     cdef int share_gil(self) except -1:
         """Every half a millisecond a loop that is never idle sends the answers of one turn without the GIL.
@@ -333,8 +347,12 @@ cdef class LoopCore:
             self.shares_gil = PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get())) != NULL
         return 0
 
-    cdef int deliver(self, int fd, uint32_t events) except -1:
+    cdef int deliver(self, const ul_event *event) except -1:
+        cdef int fd = event.fd
+        cdef uint32_t events = event.events
         cdef Transport transport = self.transport_at(fd)
+        if events == UL_DATA:
+            return self.deliver_data(transport, event)
         if transport is not None and transport.interest & events:
             transport.notice(events)
             if not self.keys:
@@ -356,6 +374,12 @@ cdef class LoopCore:
                 self._remove_writer(file)
             else:
                 self.ready.push(writer)
+        return 0
+
+    cdef int deliver_data(self, Transport transport, const ul_event *event) except -1:
+        """What the monitor received leaves its buffer here: the next turn fills it again."""
+        if transport is not None:
+            (<StreamTransport>transport).keep(<const char *>event.data, event.result)
         return 0
 
     cdef int collect_due_timers(self) except -1:
@@ -471,11 +495,22 @@ cdef class LoopCore:
         if self.unsent:
             self.send_unsent()
 
-    def _deliver_natively(self, int fd, uint32_t events):
-        cdef Transport transport = self.transport_at(fd)
-        if transport is not None:
-            transport.notice(events)
-        self.wake_sock_calls(fd, events)
+    def _turn(self, int64_t timeout_ns):
+        """As FDMon.turn(), of which our own transports and calls have had their part."""
+        cdef ul_event events[EVENTS_PER_TURN]
+        cdef Transport transport
+        cdef list ready = []
+        cdef int fd, i
+        for i in range(self.turn(timeout_ns, events)):
+            fd = events[i].fd
+            transport = self.transport_at(fd)
+            if events[i].events == UL_DATA:
+                self.deliver_data(transport, &events[i])
+            elif transport is not None:
+                transport.notice(events[i].events)
+            self.wake_sock_calls(fd, events[i].events)
+            ready.append((fd, events[i].events))
+        return ready
 
     # -- sock_recv() and its kin: see sock.pxi --
 
@@ -557,6 +592,8 @@ cdef class LoopCore:
         cdef uint32_t once = (UL_READ if fd in self.sock_readers else 0) | (UL_WRITE if fd in self.sock_writers else 0)
         if once:
             events |= once if events else once | UL_ONCE
+        elif transport is not None and transport.by_ring and events & UL_READ and not wanted_by_keys & UL_READ:
+            events |= 0 if transport.number_is_lost() else UL_RECV
         cdef int result = ul_fdmon_update(self.monitor, fd, events) if self.monitor != NULL else -EBADF
         if result < 0 and (events or not self.fdmon.closed):
             raise self.fdmon.error(result)
@@ -659,6 +696,8 @@ cdef class LoopCore:
                 raise MemoryError
             memset(grown + self.transports_size, 0, (size - self.transports_size) * sizeof(PyObject *))
             self.transports, self.transports_size = grown, size
+        elif self.transports[fd] != NULL:  # its socket was closed behind its back, and the number is used again
+            ul_fdmon_forget(self.monitor, fd)
         self.sock_readers.pop(fd, None)  # who takes a socket over takes the place of calls that wait on it
         self.sock_writers.pop(fd, None)
         self.transports[fd] = <PyObject *>transport

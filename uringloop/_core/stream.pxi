@@ -1,4 +1,4 @@
-# StreamTransport: TCP and Unix stream sockets, driven by readiness.
+# StreamTransport: TCP and Unix stream sockets, driven by readiness, or by what the monitor has received.
 #
 # Promise: what protocols and libraries see is asyncio's `_SelectorSocketTransport`; every byte that was received
 # is handed over once, in order, to whoever is the protocol at that moment, and every byte that write() took is
@@ -9,6 +9,9 @@
 cdef enum:
     CHUNKS_PER_SEND = 64     # of one sendmsg(); more of them take another one
     RELEASE_GIL_MIN = 64 * 1024  # bytes of one send
+    SMALL_READS_MIN = 3      # in a row: the monitor receives from then on; twice as many with every change of mind
+    SMALL_READS_MAX = 4096
+    FULL_BUFFERS = 2         # in a row: it does not any more
 
 cdef object NAME_DATA_RECEIVED = "data_received"
 cdef str WRITE_TAKES = (
@@ -24,6 +27,7 @@ cdef class StreamTransport(Transport):
     cdef bint eof_written, buffered
     cdef bint send_waits        # the chunks wait for the end of the callback or turn, and were not tried yet
     cdef bint keeps_data        # the protocol keeps what it is given: it gets copies of the right size
+    cdef int small_reads, small_reads_wanted, full_buffers  # in a row
     cdef object empty_waiter
     cdef PyObject **chunks      # queued bytes objects: chunks[first .. end-1]
     cdef Py_ssize_t first, end, room
@@ -32,6 +36,7 @@ cdef class StreamTransport(Transport):
 
     def __cinit__(self, *args, **kwargs):
         self._start_tls_compatible, self._sendfile_compatible = True, constants._SendfileMode.TRY_NATIVE
+        self.small_reads_wanted = SMALL_READS_MIN
 
     def __dealloc__(self):
         self.drop_chunks(self.end)
@@ -61,18 +66,22 @@ cdef class StreamTransport(Transport):
         return self.begin(fd, waiter)
 
     cdef int handle(self, uint32_t event) except -1:
-        return self.write_ready() if event == UL_WRITE else self.read_and_answer()
+        return self.write_ready() if event == UL_WRITE else self.read_and_answer(event)
 
     cdef object handler(self, uint32_t event):
-        return self._read_ready if event == UL_READ else self._write_ready
+        return self._write_ready if event == UL_WRITE else self._read_ready
 
-    cdef int read_and_answer(self) except -1:
+    cdef int read_and_answer(self, uint32_t event) except -1:
         cdef LoopCore loop = self.loop
         cdef StreamTransport before = loop.answering
         loop.answering = self if loop.in_pass and not loop.shares_gil else None
         try:
-            if self.buffered:
-                self.read_buffered()
+            if event == UL_DATA:
+                self.hand_over_received()
+            elif self.received:
+                pass  # it has its turn first; that there is more in the socket will be reported again
+            elif self.buffered:
+                self.read_buffered(True)
             else:
                 self.read_data()
         finally:
@@ -83,7 +92,7 @@ cdef class StreamTransport(Transport):
 
     def _read_ready(self):
         if not self.lost:
-            self.read_and_answer()
+            self.read_and_answer(UL_DATA if self.received else UL_READ)
 
     def _write_ready(self):
         if not self.lost:
@@ -96,10 +105,12 @@ cdef class StreamTransport(Transport):
         data is handed over where it lies, and if the protocol has let go of it when it returns, which is what a
         parser does, the next read goes there again.
         """
-        cdef ReadMemory memory = self.loop.memory
+        cdef LoopCore loop = self.loop
+        cdef ReadMemory memory = loop.memory
         cdef object buffer = memory.take_buffer(), data
         cdef ssize_t size = self.receive(PyBytes_AS_STRING(buffer), min(self.read_max, memory.size))
         cdef int err
+        self.small_reads = self.small_reads + 1 if size < UL_BUFFER_BYTES else 0
         if size > COPIED_MAX and not self.keeps_data:
             ul_bytes_set_size(buffer, size)
             self.hand_over(buffer)
@@ -118,7 +129,11 @@ cdef class StreamTransport(Transport):
             self._fatal_error(exc, "Fatal read error on socket transport")
             return 0
         memory.give_back(buffer)
-        return self.hand_over(data)
+        self.hand_over(data)
+        if self.small_reads >= self.small_reads_wanted and loop.receive_mode == RECEIVE_AUTO \
+                and self.interest & UL_READ and not self.buffered:
+            self.receive_by_ring(True)
+        return 0
 
     cdef inline ssize_t receive(self, void *memory, size_t size) noexcept:
         if self.number_is_lost():
@@ -143,7 +158,8 @@ cdef class StreamTransport(Transport):
             self._fatal_error(os_error(err), "Fatal read error on socket transport")
         return 0
 
-    cdef int read_buffered(self) except -1:
+    cdef int read_buffered(self, bint from_socket) except -1:
+        """Into the protocol's own memory: from the socket, or what the monitor had received for another protocol."""
         cdef Py_buffer view
         cdef ssize_t size
         cdef int err
@@ -162,7 +178,7 @@ cdef class StreamTransport(Transport):
             kind = f"recv_into() argument 1 must be read-write bytes-like object, not {type(buffer).__name__}"
             self._fatal_error(TypeError(kind), "Fatal read error on socket transport")
             return 0
-        size = self.receive(view.buf, view.len)
+        size = self.receive(view.buf, view.len) if from_socket else self.take_received(<char *>view.buf, view.len)
         err = errno
         PyBuffer_Release(&view)
         if size <= 0:
@@ -190,6 +206,91 @@ cdef class StreamTransport(Transport):
         elif self.loop is not None:
             self.watch(self.interest & ~UL_READ)
         return 0
+
+    # -- receiving by the monitor: docs/decisions.md 22 --
+
+    cdef int receive_by_ring(self, bint by_ring) except -1:
+        self.by_ring = by_ring
+        self.noticed &= ~UL_READ  # a read now would be ahead of what the monitor receives
+        self.small_reads = self.full_buffers = 0
+        if self.interest & UL_READ and not self.loop.closed and self.loop.transport_at(self.fd) is self:
+            self.loop.update(self.fd, self.loop.wanted_by_keys(self.fd))
+        return 0
+
+    cdef int keep(self, const char *data, int size) except -1:
+        """Takes what the monitor received, out of its memory."""
+        cdef int result = -EBADF if self.number_is_lost() else size
+        if self.closing or self.received and type(self.received[len(self.received) - 1]) is int:
+            return 0
+        if self.received is None:
+            self.received = []
+        if result > 0:
+            if self.full_buffers < FULL_BUFFERS:
+                self.full_buffers = self.full_buffers + 1 if size == UL_BUFFER_BYTES else 0
+            try:
+                self.received.append(self.loop.memory.small(data, size))
+            except MemoryError:  # what was received is lost, and so is the connection
+                self.received.append(-ENOMEM)
+        else:
+            self.received.append(result)
+        if not self.paused:
+            self.push(UL_DATA)
+        return 0
+
+    cdef int hand_over_received(self) except -1:
+        """One callback, as a read would bring. What follows comes in the next pass, after what that has queued."""
+        cdef list received = self.received
+        if self.paused or self.closing or not received:
+            return 0
+        try:
+            if type(received[0]) is int:
+                size = received.pop(0)
+                self.nothing_read(0 if size == 0 else -1, -<int>size)
+            elif self.buffered:
+                self.read_buffered(False)
+            else:
+                self.hand_over(self.next_received())
+        finally:
+            if self.received and not self.paused and not self.closing:
+                self.push(UL_DATA)
+        if self.full_buffers >= FULL_BUFFERS and self.by_ring and self.interest & UL_READ \
+                and self.loop.receive_mode == RECEIVE_AUTO:
+            self.small_reads_wanted = min(2 * self.small_reads_wanted, SMALL_READS_MAX)
+            self.receive_by_ring(False)
+        return 0
+
+    cdef ssize_t take_received(self, char *memory, Py_ssize_t room) except? -1:
+        """As recv(). get_buffer(), which was called before, may have turned the loop."""
+        cdef list received = self.received
+        cdef bytes first
+        cdef Py_ssize_t size
+        if not received or type(received[0]) is int:
+            set_errno(EAGAIN)
+            return -1
+        first = received[0]
+        size = min(PyBytes_GET_SIZE(first), room)
+        memcpy(memory, PyBytes_AS_STRING(first), size)
+        received[:1] = [first[size:]] if size < PyBytes_GET_SIZE(first) else []
+        return size
+
+    cdef object next_received(self):
+        """A message that came in several buffers is one again, as far as a read may go."""
+        cdef list received = self.received
+        cdef Py_ssize_t count = 1, size = PyBytes_GET_SIZE(received[0])
+        if size > self.read_max:
+            data = received[0][:self.read_max]
+            received[0] = received[0][self.read_max:]
+            return data
+        if len(received) == 1:
+            return received.pop()
+        while count < len(received) and type(received[count]) is bytes:
+            size += PyBytes_GET_SIZE(received[count])
+            if size > self.read_max:
+                break
+            count += 1
+        data = received[0] if count == 1 else b"".join(received[:count])
+        del received[:count]
+        return data
 
     # -- sending --
 
@@ -460,6 +561,10 @@ cdef class StreamTransport(Transport):
         Transport.set_protocol(self, protocol)
         self.keeps_data = False
         self.buffered = isinstance(protocol, protocols.BufferedProtocol)
+        if self.buffered and self.by_ring:
+            self.receive_by_ring(False)
+        elif not self.buffered and self.loop is not None and self.loop.receive_mode == RECEIVE_RING:
+            self.receive_by_ring(True)
 
     # -- what asyncio and libraries reach for --
 

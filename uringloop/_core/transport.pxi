@@ -14,6 +14,8 @@ cdef class Transport(Entry):
     cdef uint32_t interest      # what the monitor watches
     cdef uint32_t noticed       # what it reported and was not handled yet
     cdef bint queued, closing, paused, connected, protocol_paused
+    cdef bint by_ring           # the monitor receives for it, where it can
+    cdef list received          # by the monitor and not handed over yet: bytes, at last 0 for the end or -errno
     cdef bint hidden            # asyncio's sendfile has taken it out of loop._transports for a while
     cdef Py_ssize_t lost        # 1 once connection_lost() is on its way; counts later writes
     cdef object protocol, server
@@ -63,7 +65,7 @@ cdef class Transport(Entry):
     @cython.final
     cdef int watch(self, uint32_t interest) except -1:
         cdef uint32_t before = self.interest
-        self.noticed &= interest
+        self.noticed &= interest | UL_DATA
         if interest == before:
             return 0
         self.interest = interest
@@ -86,6 +88,8 @@ cdef class Transport(Entry):
     def _start_reading(self):
         if not self.closing and not self.paused:
             self.read_context = self.callback_context()
+            if self.received:
+                self.push(UL_DATA)
             self.watch(self.interest | UL_READ)
 
     @cython.final
@@ -101,8 +105,13 @@ cdef class Transport(Entry):
 
     @cython.final
     cdef int notice(self, uint32_t events) except -1:
-        self.noticed |= events & self.interest
-        if self.noticed and not self.queued:
+        events &= self.interest
+        return self.push(events) if events else 0
+
+    @cython.final
+    cdef int push(self, uint32_t event) except -1:
+        self.noticed |= event
+        if not self.queued:
             self.loop.ready.push(self)
             self.queued = True
         return 0
@@ -110,6 +119,9 @@ cdef class Transport(Entry):
     @cython.final
     cdef int run(self) except -1:
         self.queued = False
+        if self.noticed & UL_DATA:
+            self.noticed &= ~(UL_DATA | UL_READ)  # one callback a pass: readiness will be reported again
+            self.run_in(self.read_context, UL_DATA)
         if self.noticed & UL_READ:
             self.noticed &= ~UL_READ
             self.run_in(self.read_context, UL_READ)
@@ -274,6 +286,8 @@ cdef class Transport(Entry):
         self.closing, self.lost = True, max(self.lost, 1)
         self.drop_unsent()
         self.watch(0)
+        if loop.receive_mode and loop.transport_at(fd) is self:
+            ul_fdmon_forget(loop.monitor, fd)
         loop.leave_transport(self)
         self.fd = -1
         self.sock_fd = NULL
