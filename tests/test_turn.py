@@ -494,9 +494,9 @@ def test_a_handle_looks_as_asyncio_s(loop: Any, schedule: Callable[..., Any], de
             head, _, rest = expected.partition(" ")
             assert repr(handle) == f"{head} cancelled {rest}"
         elif isinstance(handle, asyncio.TimerHandle):
-            assert repr(handle) == f"<{type(handle).__name__} cancelled when={handle.when()}>"
+            assert repr(handle) == f"<{handle.__class__.__name__} cancelled when={handle.when()}>"
         else:
-            assert repr(handle) == f"<{type(handle).__name__} cancelled>"
+            assert repr(handle) == f"<{handle.__class__.__name__} cancelled>"
     loop._ready.clear()
 
 
