@@ -97,6 +97,44 @@ def reports_of(loop: AnyLoop) -> list[Report]:
     return reports
 
 
+def test_tasks_are_made_with_the_options_that_asyncio_takes(contract_loop: AnyLoop) -> None:
+    place = contextvars.ContextVar("place", default="outside")
+
+    async def where() -> str:
+        return place.get()
+
+    async def main() -> None:
+        create_task: Any = contract_loop.create_task
+        context = contextvars.copy_context()
+        context.run(place.set, "inside")
+        task = create_task(where(), name="named", context=context)
+        assert (task.get_name(), await task) == ("named", "inside")
+        if sys.version_info >= (3, 14):
+            task = create_task(where(), eager_start=True, name="eager", context=context)
+            assert (task.done(), task.get_name(), await task) == (True, "eager", "inside")
+            assert not create_task(where(), eager_start=False).done()
+        for wrong in ({"unknown": 1}, {"loop": contract_loop}):
+            coroutine = where()
+            with pytest.raises(TypeError):
+                create_task(coroutine, **wrong)
+            coroutine.close()
+
+    run(contract_loop, main())
+
+
+def test_a_transport_takes_attributes_of_its_user(contract_loop: AnyLoop) -> None:
+    async def main() -> None:
+        async with wired(Peer) as (protocol, _):
+            transport: Any = protocol.transport
+            transport.remark = "kept"
+            assert (transport.remark, vars(transport)["remark"]) == ("kept", "kept")
+            del transport.remark
+            assert not hasattr(transport, "remark")
+            assert "remark" not in vars(transport)
+
+    run(contract_loop, main())
+
+
 def test_what_only_looks_like_a_socket_is_used_by_its_methods(contract_loop: AnyLoop) -> None:
     """A wrapper counts, records or encrypts: going to its descriptor would pass it by."""
 

@@ -7,6 +7,7 @@ cdef extern from "Python.h":
     int PyContext_Exit(object context)
     PyObject *PyObject_Vectorcall(PyObject *callable, PyObject **args, size_t nargs, PyObject *names)
     PyObject *PyObject_VectorcallMethod(PyObject *name, PyObject **args, size_t nargs, PyObject *names)
+    object PyObject_Call(object callable, object args, object kwargs)
     Py_ssize_t PyTuple_GET_SIZE(object tuple)
     PyObject **PySequence_Fast_ITEMS(object sequence)
     PyObject *PyDict_GetItemWithError(object mapping, object key) except? NULL
@@ -33,6 +34,11 @@ cdef extern from *:
 
     struct ul_socket_object { PyObject_HEAD int sock_fd; };
 
+    /* Cython makes an empty dict for each; while there is none, the interpreter specialises o.method(). */
+    static inline void ul_drop_dict(PyObject *o) {
+        Py_CLEAR(*(PyObject **)((char *)o + Py_TYPE(o)->tp_dictoffset));
+    }
+
     static inline void ul_set_errno(int err) { errno = err; }
 
     static inline int ul_is_ours(PyObject *o) { return Py_REFCNT(o) == 1; }
@@ -58,6 +64,7 @@ cdef extern from *:
     ctypedef struct SocketObject "struct ul_socket_object":
         int sock_fd
     void set_errno "ul_set_errno" (int err) noexcept
+    void ul_drop_dict(object o) noexcept
     bint ul_is_ours(PyObject *o)
     void ul_bytes_set_size(object o, Py_ssize_t size)
     object ul_bytes_cut(PyObject *o, Py_ssize_t size)

@@ -12,7 +12,9 @@ cdef double GIL_KEPT_MAX_S = 500e-6
 cdef double SELECT_TIMEOUT_MAX_S = 24 * 3600
 cdef object tuple_new = tuple.__new__
 cdef object run_once_of_asyncio = asyncio.SelectorEventLoop._run_once
+cdef object running_loop = asyncio._get_running_loop
 cdef object create_task_of_asyncio = asyncio.SelectorEventLoop.create_task
+cdef bint tasks_take_options = sys.version_info >= (3, 14)  # before, the loop looks at create_task()'s options
 
 cdef enum SendPolicy:
     SEND_NOW
@@ -236,26 +238,34 @@ cdef class LoopCore:
 
     # -- small questions that tasks and futures ask all the time --
 
+    @cython.always_allow_keywords(False)
     def time(self):
         return monotonic()
 
+    @cython.always_allow_keywords(False)
     def get_debug(self):
         return self._debug
 
+    @cython.always_allow_keywords(False)
     def is_closed(self):
         return self.closed
 
+    @cython.always_allow_keywords(False)
     def is_running(self):
         return self.thread_id is not None
 
+    @cython.always_allow_keywords(False)
     def create_future(self):
-        return futures.Future(loop=self)
+        return futures.Future() if running_loop() is self else futures.Future(loop=self)
 
     def create_task(self, coro, **kwargs):
-        if kwargs or self._debug or self._task_factory is not None:
+        if self._debug or self._task_factory is not None or kwargs and (not tasks_take_options or "loop" in kwargs):
             return create_task_of_asyncio(self, coro, **kwargs)
         self.check_open()
-        return tasks.Task(coro, loop=self)
+        if kwargs:
+            kwargs["loop"] = self
+            return PyObject_Call(tasks.Task, (coro,), kwargs)
+        return tasks.Task(coro) if running_loop() is self else tasks.Task(coro, loop=self)
 
     # -- the turn --
 

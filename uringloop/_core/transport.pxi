@@ -28,6 +28,7 @@ cdef class Transport(Entry):
     cdef Py_ssize_t read_max    # bytes of one read
 
     def __cinit__(self, *args, **kwargs):
+        ul_drop_dict(self)
         self.fd = self.fd_shown = -1
         self.closing, self.lost = True, 1  # until it has started
         self.high_water, self.low_water, self.high_bytes = 65536, 16384, 65536
@@ -212,9 +213,11 @@ cdef class Transport(Entry):
     def get_write_buffer_limits(self):
         return (self.low_water, self.high_water)
 
+    @cython.always_allow_keywords(False)
     def get_write_buffer_size(self):
         return self.buffer_size
 
+    @cython.always_allow_keywords(False)
     def is_reading(self):
         return not self.closing and not self.paused
 
@@ -236,6 +239,7 @@ cdef class Transport(Entry):
 
     # -- its end --
 
+    @cython.always_allow_keywords(False)
     def is_closing(self):
         return self.closing
 
@@ -312,6 +316,7 @@ cdef class Transport(Entry):
 
     # -- what it is --
 
+    @cython.always_allow_keywords(False)
     def get_protocol(self):
         return self.protocol
 
