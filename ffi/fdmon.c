@@ -62,8 +62,8 @@ static int grow_table(ul_fdmon *mon, int fd) {
     struct pollfd *pollfds = realloc(mon->pollfds, cap * sizeof *pollfds); /* so that the floor cannot fail */
     if (pollfds)
         mon->pollfds = pollfds;
-    /* Collected can be, for each descriptor, its readiness and the end of its stream; and every buffer. */
-    if (!pollfds || reserve(&mon->pending, cap) < 0 || reserve(&mon->collected, 2 * cap + UL_BUFFERS_MAX) < 0)
+    /* Collected can be, for each descriptor, its readiness, the end of its stream and of its send; and every buffer. */
+    if (!pollfds || reserve(&mon->pending, cap) < 0 || reserve(&mon->collected, 3 * cap + UL_BUFFERS_MAX) < 0)
         return -ENOMEM;
     ul_watch *watches = realloc(mon->watches, cap * sizeof *watches);
     if (!watches)
@@ -102,6 +102,11 @@ void ul_fdmon_collect_data(ul_fdmon *mon, int fd, int32_t result, int32_t buffer
     mon->ready_live++;
 }
 
+void ul_fdmon_collect_sent(ul_fdmon *mon, int fd, int32_t result) {
+    ul_queue_put(&mon->collected, (ul_item){fd, UL_SENT, result, UL_NO_BUFFER});
+    mon->ready_live++;
+}
+
 void ul_fdmon_park(ul_fdmon *mon, int fd) {
     mon->watches[fd].parked = true;
     add_ready(mon, fd, mon->watches[fd].events & (UL_READ | UL_WRITE));
@@ -127,12 +132,27 @@ static bool report_readiness(ul_fdmon *mon, ul_item item, ul_event *out) {
     return true;
 }
 
-static void report_data(ul_fdmon *mon, ul_item item, ul_event *out) {
-    *out = (ul_event){.fd = item.fd, .events = UL_DATA, .result = item.result};
+static void leave_queue(ul_fdmon *mon, ul_item item) {
+    if (item.kind == UL_DATA)
+        mon->watches[item.fd].data_queued--;
+    mon->ready_live--;
+}
+
+static void free_send(ul_fdmon *mon, int fd) {
+    ul_send *send = mon->watches[fd].send;
+    mon->sends_queued -= send->state == UL_QUEUED;
+    send->next_free = mon->sends_free;
+    mon->sends_free = send;
+    mon->watches[fd].send = NULL;
+}
+
+static void report_result(ul_fdmon *mon, ul_item item, ul_event *out) {
+    *out = (ul_event){.fd = item.fd, .events = item.kind, .result = item.result};
+    if (item.kind == UL_SENT)
+        free_send(mon, item.fd);
     if (item.buffer != UL_NO_BUFFER)
         out->data = ul_buffers_hand_over(mon, (uint16_t)item.buffer);
-    mon->watches[item.fd].data_queued--;
-    mon->ready_live--;
+    leave_queue(mon, item);
 }
 
 int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
@@ -140,27 +160,25 @@ int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max) {
     while (n < out_max && mon->collected.count) {
         ul_item item = ul_queue_pop(&mon->collected);
         bool reported = true;
-        if (item.kind == UL_DATA)
-            report_data(mon, item, &out[n]);
-        else
+        if (item.kind == UL_READ)
             reported = report_readiness(mon, item, &out[n]);
+        else
+            report_result(mon, item, &out[n]);
         n += reported;
     }
     return n;
 }
 
-static void drop_data(ul_fdmon *mon, int fd) {
-    ul_watch *watch = &mon->watches[fd];
-    for (uint32_t n = watch->data_queued ? mon->collected.count : 0; n > 0; n--) {
+static void drop(ul_fdmon *mon, int fd, uint32_t kind) {
+    for (uint32_t n = mon->collected.count; n > 0; n--) {
         ul_item item = ul_queue_pop(&mon->collected);
-        if (item.fd != fd || item.kind != UL_DATA) {
+        if (item.fd != fd || item.kind != kind) {
             ul_queue_put(&mon->collected, item);
             continue;
         }
         if (item.buffer != UL_NO_BUFFER)
             ul_buffers_give_back(mon, (uint16_t)item.buffer);
-        watch->data_queued--;
-        mon->ready_live--;
+        leave_queue(mon, item);
     }
 }
 
@@ -207,6 +225,10 @@ void ul_fdmon_free(ul_fdmon *mon) {
     if (!mon)
         return;
     pthread_mutex_destroy(&mon->lock);
+    for (size_t fd = 0; fd < mon->watches_cap; fd++)
+        free(mon->watches[fd].send);
+    for (ul_send *send; (send = mon->sends_free); free(send))
+        mon->sends_free = send->next_free;
     free(mon->watches);
     free(mon->pending.items);
     free(mon->collected.items);
@@ -315,14 +337,17 @@ int ul_fd_pollable(int fd) {
     return ret;
 }
 
+/* Only for what is open: a wrong number may be two thousand million. */
+static int reach(ul_fdmon *mon, int fd) {
+    if ((size_t)fd < mon->watches_cap)
+        return 0;
+    return fcntl(fd, F_GETFD) < 0 ? -errno : grow_table(mon, fd);
+}
+
 static int set_watch(ul_fdmon *mon, int fd, uint32_t events) {
     int ret = 0;
-    if ((size_t)fd >= mon->watches_cap && events == 0)
-        return 0;
-    if ((size_t)fd >= mon->watches_cap && (ret = fcntl(fd, F_GETFD)) >= 0)
-        ret = grow_table(mon, fd); /* only for what is open: a wrong number may be two thousand million */
-    if (ret < 0)
-        return ret == -1 ? -errno : ret;
+    if ((size_t)fd >= mon->watches_cap && (events == 0 || (ret = reach(mon, fd)) < 0))
+        return ret;
     ul_watch *watch = &mon->watches[fd];
     ul_watch before = *watch;
     if (before.events == 0 && events == 0)
@@ -366,17 +391,85 @@ int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
     return ret;
 }
 
+static ul_send *new_send(ul_fdmon *mon) {
+    ul_send *send = mon->sends_free;
+    if (send)
+        mon->sends_free = send->next_free;
+    else if (ul_requests_reserve(mon, mon->watches_live, mon->sends_made + 1) == 0 && (send = malloc(sizeof *send)))
+        mon->sends_made++;
+    return send;
+}
+
+static int queue_send(ul_fdmon *mon, int fd, const struct iovec *pieces, int count) {
+    int err = reach(mon, fd);
+    if (err < 0 || mon->watches[fd].send)
+        return err < 0 ? err : -EALREADY;
+    ul_send *send = new_send(mon);
+    if (!send)
+        return -ENOMEM;
+    memcpy(send->pieces, pieces, (size_t)count * sizeof *pieces);
+    send->message = (struct msghdr){.msg_iov = send->pieces, .msg_iovlen = (size_t)count};
+    send->state = UL_QUEUED;
+    mon->watches[fd].send = send;
+    mon->sends_queued++;
+    ul_want_armed(mon, fd);
+    ul_fdmon_want_turn(mon);
+    return 0;
+}
+
+int ul_fdmon_send(ul_fdmon *mon, int fd, const struct iovec *pieces, int count) {
+    if (fd < 0)
+        return -EBADF;
+    if (count < 1 || count > UL_PIECES_MAX)
+        return -EINVAL;
+    pthread_mutex_lock(&mon->lock);
+    int ret = mon->closed ? -EBADF : -EOPNOTSUPP;
+    if (!mon->closed && mon->ops->streams && !mon->streams_off)
+        ret = queue_send(mon, fd, pieces, count);
+    pthread_mutex_unlock(&mon->lock);
+    return ret;
+}
+
+static int cancel_send(ul_fdmon *mon, int fd) {
+    ul_send *send = fd >= 0 && (size_t)fd < mon->watches_cap ? mon->watches[fd].send : NULL;
+    if (!send)
+        return -ENOENT;
+    if (send->state == UL_SENDING && mon->waiting)
+        return -EBUSY;
+    if (send->state == UL_SENDING)
+        ul_requests_end(mon, &send->request, 1);
+    int ret = send->state == UL_ENDED ? send->result : -EAGAIN;
+    if (send->state == UL_ENDED)
+        drop(mon, fd, UL_SENT);
+    free_send(mon, fd);
+    return ret;
+}
+
+int ul_fdmon_cancel_send(ul_fdmon *mon, int fd) {
+    pthread_mutex_lock(&mon->lock);
+    int ret = mon->closed ? -EBADF : cancel_send(mon, fd);
+    pthread_mutex_unlock(&mon->lock);
+    return ret;
+}
+
+static int forget(ul_fdmon *mon, int fd) {
+    ul_watch *watch = &mon->watches[fd];
+    if (cancel_send(mon, fd) == -EBUSY)
+        return -EBUSY;
+    if (watch->receive)
+        mon->requests[watch->receive - 1].forgotten = true;
+    set_watch(mon, fd, 0);
+    if (watch->data_queued)
+        drop(mon, fd, UL_DATA);
+    ul_fdmon_want_turn(mon);
+    return 0;
+}
+
 int ul_fdmon_forget(ul_fdmon *mon, int fd) {
     pthread_mutex_lock(&mon->lock);
-    if (!mon->closed && fd >= 0 && (size_t)fd < mon->watches_cap) {
-        if (mon->watches[fd].receive)
-            mon->requests[mon->watches[fd].receive - 1].forgotten = true;
-        set_watch(mon, fd, 0);
-        drop_data(mon, fd);
-        ul_fdmon_want_turn(mon);
-    }
+    int ret = !mon->closed && fd >= 0 && (size_t)fd < mon->watches_cap ? forget(mon, fd) : 0;
     pthread_mutex_unlock(&mon->lock);
-    return 0;
+    return ret;
 }
 
 void ul_fdmon_use_streams(ul_fdmon *mon, bool use) {
@@ -405,7 +498,8 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
         mon->turns++;
         renew(mon);
         ul_buffers_take_back(mon);
-        if (mon->ready_live == 0 || mon->ready_live < (size_t)out_max) { /* else the rest of earlier turns fills this one */
+        /* Else the rest of earlier turns fills this one; but a send does not wait for it. */
+        if (mon->ready_live == 0 || mon->ready_live < (size_t)out_max || mon->sends_queued) {
             forget_wanted_turn(mon);
             timeout_ns = mon->ready_live ? 0 : timeout_ns;
             ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? wait_or_downgrade(mon, timeout_ns) : 0;

@@ -20,6 +20,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
 
 #include "ring.h"
 
@@ -31,6 +33,7 @@ enum {
     UL_ONCE = 4,                /* with them: the watch ends with its first report */
     UL_RECV = 8,                /* with UL_READ, on a stream socket: report data instead of readiness where the monitor can */
     UL_DATA = 16,               /* reported: a receive brought something */
+    UL_SENT = 32,               /* reported: a send ended */
     UL_DOWNGRADED = 0x40000000, /* added to a turn's result, once after each downgrade */
 };
 
@@ -43,8 +46,8 @@ enum ul_kind {
 
 typedef struct ul_event {
     int32_t fd;
-    uint32_t events; /* UL_READ | UL_WRITE: readiness; or UL_DATA alone */
-    int32_t result;  /* UL_DATA: bytes at data, 0 the end of the stream, < 0 -errno */
+    uint32_t events; /* UL_READ | UL_WRITE: readiness; or UL_DATA alone; or UL_SENT alone */
+    int32_t result;  /* UL_DATA: bytes at data, 0 the end of the stream, < 0 -errno; UL_SENT: bytes or -errno */
     uint32_t _reserved;
     const void *data; /* valid until the next ul_fdmon_turn() */
 } ul_event;
@@ -108,11 +111,23 @@ void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
 void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
 /* cffi: end */
 
-/* Before fd is closed: removes its watch and drops what was received for it and not handed over. What was handed over, and not
- * looked at yet, is the caller's to drop: the number may be another connection's by then. 0. */
+/* Queues one send of 1 to UL_PIECES_MAX pieces on a stream socket; it leaves with the next turn's enter and ends with UL_SENT.
+ * It may be short; -EAGAIN, and as long as it has not ended: nothing was sent. The iovecs are copied; the bytes must stay as
+ * they are until UL_SENT is reported or ul_fdmon_cancel_send(), ul_fdmon_forget() or ul_fdmon_close() has returned. -EALREADY:
+ * one is under way or its UL_SENT is not reported yet. -EOPNOTSUPP: this monitor does not send. -EINVAL: the number of pieces.
+ * -EBADF: closed, or no descriptor. -ENOMEM. */
+int ul_fdmon_send(ul_fdmon *mon, int fd, const struct iovec *pieces, int count);
+
+/* Ends the send of fd and returns when the kernel uses its bytes no more: the bytes sent, -EAGAIN when that is none, or the
+ * send's error; UL_SENT does not come. -ENOENT: there is none. -EBUSY: another thread is waiting on this monitor. */
+int ul_fdmon_cancel_send(ul_fdmon *mon, int fd);
+
+/* Before fd is closed: removes its watch, cancels its send and drops what was received for it and not handed over.
+ * What was handed over, and not looked at yet, is the caller's to drop: the number may be another connection's by then. 0, or
+ * -EBUSY and nothing done while another thread is waiting on this monitor and the kernel has a send of fd. */
 int ul_fdmon_forget(ul_fdmon *mon, int fd);
 
-/* false: UL_RECV means UL_READ, whatever the monitor. It is true at first. */
+/* false: UL_RECV means UL_READ and ul_fdmon_send() answers -EOPNOTSUPP, whatever the monitor. It is true at first. */
 void ul_fdmon_use_streams(ul_fdmon *mon, bool use);
 
 /* One registration, at watches[fd]. */
@@ -129,13 +144,18 @@ typedef struct ul_watch {
     uint16_t data_queued; /* UL_DATA on mon->collected; with ended, the end is one of them */
     uint32_t request;     /* io_uring: index + 1 of the poll in flight; poll: index + 1 in the poll set; 0 = none */
     uint32_t receive;     /* io_uring: index + 1 of the receive in flight, also of one that is to end: never two at once */
+    struct ul_send *send; /* until its end is reported; needs no watch */
 } ul_watch;
 
-enum { UL_NO_BUFFER = -1, UL_BUFFER_BYTES = 2048 /* of one of the buffers for received data */ };
+enum {
+    UL_PIECES_MAX = 64,
+    UL_NO_BUFFER = -1,
+    UL_BUFFER_BYTES = 2048, /* of one of the buffers for received data */
+};
 
 typedef struct ul_item {
     int32_t fd;
-    uint32_t kind;  /* of what was collected: UL_READ, readiness, in watches[fd].revents; or UL_DATA */
+    uint32_t kind;  /* of what was collected: UL_READ, readiness, in watches[fd].revents; UL_DATA; or UL_SENT */
     int32_t result; /* as in ul_event */
     int32_t buffer; /* UL_DATA: the number of the buffer that holds it, or UL_NO_BUFFER */
 } ul_item;
@@ -145,12 +165,22 @@ typedef struct ul_queue {
     uint32_t first, count, cap;
 } ul_queue;
 
+/* A send. The kernel reads message and pieces when it takes the request, the bytes until the request ends. */
+typedef struct ul_send {
+    struct msghdr message;
+    struct iovec pieces[UL_PIECES_MAX];
+    enum { UL_QUEUED, UL_SENDING, UL_ENDED } state;
+    int32_t result;
+    uint32_t request; /* index + 1 */
+    struct ul_send *next_free;
+} ul_send;
+
 typedef struct ul_buffers ul_buffers;
 
 /* The verbs. Each is called with mon->lock held. */
 typedef struct FDMonOps {
     const char *name;
-    bool streams; /* looks after UL_RECV */
+    bool streams; /* looks after UL_RECV and sends */
 
     /* The watch of fd changed from old_events; mon->watches[fd].events has the new value. An error undoes the change. */
     int (*update)(ul_fdmon *mon, int fd, uint32_t old_events);
@@ -173,7 +203,7 @@ typedef struct FDMonOps {
 typedef struct ul_request {
     int32_t fd;
     uint32_t generation;
-    enum { UL_POLLS = 0, UL_RECEIVES } kind;
+    enum { UL_POLLS = 0, UL_RECEIVES, UL_SENDS } kind;
     enum { UL_FREE = 0, UL_ARMED, UL_DYING } state;
     uint8_t events; /* of a poll */
     bool multishot;
@@ -201,6 +231,9 @@ struct ul_fdmon {
     ul_buffers *buffers; /* NULL before the first UL_RECV on io_uring; outlives the ring, since data waits in it */
     bool streams_off;    /* ul_fdmon_use_streams(mon, false) */
     bool no_receive;     /* refused by the kernel, for good */
+    ul_send *sends_free;
+    size_t sends_made; /* records: those, and the ones of watches */
+    size_t sends_queued;
 
     ul_ring *ring;
     pthread_t ring_owner;
@@ -238,6 +271,7 @@ void ul_fdmon_io_uring_after_fork(ul_fdmon *mon);
 uint32_t ul_poll_mask(uint32_t events);                         /* UL_* to poll(2) bits */
 bool ul_fdmon_collect(ul_fdmon *mon, int fd, uint32_t revents); /* poll(2) bits; false: nothing that was asked for */
 void ul_fdmon_collect_data(ul_fdmon *mon, int fd, int32_t result, int32_t buffer);
+void ul_fdmon_collect_sent(ul_fdmon *mon, int fd, int32_t result);
 
 /* The readiness to wait for: without UL_READ where a receive looks after it. */
 static inline uint32_t ul_polled_events(const ul_fdmon *mon, const ul_watch *watch) {

@@ -5,7 +5,7 @@
  * changed, and none at all when nothing can have happened.
  *
  * Words: sqe/cqe, submission and completion queue entry; request, what the kernel has to do and has not ended; armed, a watch
- * with a request. Receives are in stream_io_uring.c.
+ * with a request. Receives and sends are in stream_io_uring.c.
  *
  * Some facts about polling through io_uring, and what they mean here:
  *
@@ -82,9 +82,14 @@ static void doom_request(ul_fdmon *mon, uint32_t id) {
 }
 
 static void forget_requests(ul_fdmon *mon) {
-    for (uint32_t id = 1; id <= mon->requests_cap; id++)
-        if (mon->requests[id - 1].state != UL_FREE)
-            free_request(mon, id);
+    for (uint32_t id = 1; id <= mon->requests_cap; id++) {
+        const ul_request request = mon->requests[id - 1];
+        if (request.state == UL_FREE)
+            continue;
+        free_request(mon, id);
+        if (request.kind == UL_SENDS)
+            ul_stream_sent(mon, request.fd, -ECANCELED);
+    }
     for (size_t fd = 0; fd < mon->watches_cap; fd++)
         mon->watches[fd].request = mon->watches[fd].receive = 0;
 }
@@ -214,6 +219,8 @@ static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
     }
     if (request.kind == UL_RECEIVES)
         ul_stream_received(mon, &request, cqe);
+    else if (request.kind == UL_SENDS)
+        ul_stream_sent(mon, request.fd, cqe->res);
     else if (request.state == UL_ARMED)
         polled(mon, request.fd, request.events, cqe);
 }
@@ -342,7 +349,9 @@ static int arm_poll(ul_fdmon *mon, int fd) {
 static int arm(ul_fdmon *mon, int fd) {
     const ul_watch *watch = &mon->watches[fd];
     int err = watch->events & UL_RECV || watch->receive ? ul_stream_arm(mon, fd) : 0;
-    return err < 0 ? err : arm_poll(mon, fd);
+    if (err == 0)
+        err = arm_poll(mon, fd);
+    return err == 0 && watch->send ? ul_stream_arm_send(mon, fd) : err;
 }
 
 static int arm_pending(ul_fdmon *mon) {
@@ -384,18 +393,13 @@ static int reap_dying(ul_fdmon *mon) {
     return err;
 }
 
-/* Ends what the kernel has to do for a watch: its receive and, unless that stays, its poll. */
-static void disarm(ul_fdmon *mon, int fd, bool poll_stays) {
-    const ul_watch *watch = &mon->watches[fd];
-    const uint32_t ids[] = {watch->receive, poll_stays ? 0 : watch->request};
-    if (!ids[0] && !ids[1])
-        return;
-    for (int i = 0; i < 2; i++)
+void ul_requests_end(ul_fdmon *mon, const uint32_t *ids, int count) {
+    for (int i = 0; i < count; i++)
         if (ids[i])
             doom_request(mon, ids[i]);
     if (may_enter(mon)) {
         int err = 0;
-        for (int i = 0; i < 2 && err == 0; i++)
+        for (int i = 0; i < count && err == 0; i++)
             err = ids[i] ? cancel(mon, ids[i]) : 0;
         if (err < 0 || reap_dying(mon) < 0)
             drop_and_rearm(mon);
@@ -406,6 +410,22 @@ static void disarm(ul_fdmon *mon, int fd, bool poll_stays) {
     }
 }
 
+/* Ends what the kernel has to do for a watch: its receive and, unless that stays, its poll. */
+static void disarm(ul_fdmon *mon, int fd, bool poll_stays) {
+    const uint32_t ids[] = {mon->watches[fd].receive, poll_stays ? 0 : mon->watches[fd].request};
+    if (ids[0] || ids[1])
+        ul_requests_end(mon, ids, 2);
+}
+
+/* Three for each watch, the old and the new poll while a mask changes, and a receive; one for each send: a turn allocates
+ * nothing. */
+int ul_requests_reserve(ul_fdmon *mon, size_t watches, size_t sends) {
+    int err = 0;
+    while (err == 0 && mon->requests_cap < 3 * watches + sends)
+        err = grow_requests(mon);
+    return err;
+}
+
 static int io_uring_update(ul_fdmon *mon, int fd, uint32_t old_events) {
     (void)old_events;
     if (!mon->watches[fd].events) {
@@ -413,9 +433,8 @@ static int io_uring_update(ul_fdmon *mon, int fd, uint32_t old_events) {
         return 0;
     }
     int err = ul_fd_pollable(fd);
-    /* Three for each watch, the old and the new poll while a mask changes, and a receive: a turn allocates nothing. */
-    while (err == 0 && mon->requests_cap < 3 * (mon->watches_live + 1))
-        err = grow_requests(mon);
+    if (err == 0)
+        err = ul_requests_reserve(mon, mon->watches_live + 1, mon->sends_made);
     if (err < 0)
         return err;
     if (!(mon->watches[fd].events & UL_RECV))
@@ -476,16 +495,19 @@ static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
 }
 
 static bool io_uring_need_wait(ul_fdmon *mon) {
-    if (!mon->ring)
-        return mon->watches_live > 0;
-    return mon->pending.count > 0 || ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) ||
-           (mon->eventfd >= 0 && !mon->ring->has_eventfd);
+    if (!mon->ring || mon->pending.count)
+        return mon->watches_live > 0 || mon->pending.count;
+    return ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) || (mon->eventfd >= 0 && !mon->ring->has_eventfd);
 }
 
 static void io_uring_close(ul_fdmon *mon) {
     drop_ring(mon);
-    while (mon->pending.count)
-        mon->watches[ul_queue_pop(&mon->pending).fd].on_pending = false;
+    while (mon->pending.count) {
+        int fd = ul_queue_pop(&mon->pending).fd;
+        mon->watches[fd].on_pending = false;
+        if (mon->watches[fd].send && mon->watches[fd].send->state == UL_QUEUED)
+            ul_stream_sent(mon, fd, -ECANCELED);
+    }
 }
 
 ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {

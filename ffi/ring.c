@@ -31,7 +31,8 @@ enum {
     RING_FEATURES = UL_FEAT_SINGLE_MMAP | UL_FEAT_NODROP | UL_FEAT_SUBMIT_STABLE | UL_FEAT_EXT_ARG,
     SMALL_SQ_ENTRIES = 64,
     SMALL_CQ_ENTRIES = 256,
-    ENOMEM_RETRIES = 6, /* sleeps of 0.5, 1, 2 .. 16 ms: 31.5 ms in all */
+    ENOMEM_RETRIES = 6,          /* sleeps of 0.5, 1, 2 .. 16 ms: 31.5 ms in all */
+    SEND_MAX_BYTES = 0x7ffff000, /* what one system call sends at most */
     BUFFER_RING_BYTES = UL_BUFFERS_MAX * sizeof(struct ul_buffer_place),
 };
 
@@ -321,6 +322,17 @@ void ul_prep_receive(struct ul_sqe *sqe, int fd, uint64_t user_data) {
     sqe->flags = UL_IOSQE_BUFFER_SELECT; /* from group 0 */
     sqe->ioprio = UL_RECV_MULTISHOT;
     sqe->fd = fd;
+    sqe->user_data = user_data;
+}
+
+void ul_prep_send(struct ul_sqe *sqe, int fd, const struct msghdr *message, uint64_t user_data) {
+    bool plain = message->msg_iovlen == 1;
+    size_t size_bytes = message->msg_iov->iov_len;
+    sqe->opcode = plain ? UL_OP_SEND : UL_OP_SENDMSG;
+    sqe->fd = fd;
+    sqe->addr = (uint64_t)(uintptr_t)(plain ? message->msg_iov->iov_base : message);
+    sqe->len = !plain ? 1 : size_bytes < SEND_MAX_BYTES ? (uint32_t)size_bytes : SEND_MAX_BYTES;
+    sqe->op_flags = MSG_NOSIGNAL;
     sqe->user_data = user_data;
 }
 

@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/socket.h>
 #include <sys/types.h>
 
 #include "uring_abi.h"
@@ -93,6 +94,8 @@ void ul_ring_give_buffer(ul_ring *ring, void *buffer, uint32_t size_bytes, uint1
 void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool multishot, uint64_t user_data);
 /* Fills in a multishot receive into the ring's buffers. */
 void ul_prep_receive(struct ul_sqe *sqe, int fd, uint64_t user_data);
+/* Fills in a send: no signal, and no waiting for all of it, so that one which has not ended has sent nothing. */
+void ul_prep_send(struct ul_sqe *sqe, int fd, const struct msghdr *message, uint64_t user_data);
 /* Fills in the cancellation of a request. Its own completion carries user_data 0. */
 void ul_prep_cancel(struct ul_sqe *sqe, uint64_t target_user_data);
 

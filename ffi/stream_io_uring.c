@@ -1,10 +1,11 @@
 /*
- * Receiving on io_uring: multishot receives into a ring of buffers.
+ * Receiving and sending on io_uring: multishot receives into a ring of buffers, sends that leave with the turn's enter.
  *
- * Why it exists: for small messages on many connections, a receive that needs no call of its own saves one system call of
- * three. Promise: no byte is lost or doubled, whatever takes the ring away; the kernel writes into this file's memory only.
+ * Why it exists: for small messages on many connections, a receive that needs no call of its own and a send that shares the
+ * turn's save two system calls of three. Promise: no byte is lost or doubled, whatever takes the ring away; the kernel writes
+ * into this file's memory only, and reads the caller's only until fdmon.h says that it is his again.
  *
- * Some facts about receiving through io_uring, and what they mean here:
+ * Some facts about streams on io_uring, and what they mean here:
  *
  * - A multishot receive ends without F_MORE for many reasons: no buffer (-ENOBUFS), a full completion queue, an error, the end
  *   of the stream. Nothing restarts it but a new request; that is queued for the next turn, as a poll is. Only the last two
@@ -27,6 +28,9 @@
  *   nobody holds.
  * - After the ring is closed no request of it runs: what the kernel still had to do for it is cancelled by a kernel thread,
  *   which has no access to this memory.
+ * - A send without MSG_WAITALL ends as soon as one byte was taken. So one that has not ended has sent nothing, and may be sent
+ *   again by other means. Two at once on one socket may change places: never more than one. Test:
+ *   a_downgrade_gives_every_send_back.
  * - A completion is written to shared memory before an enter returns. Dropping the ring reads it first, from any thread.
  */
 #define _GNU_SOURCE
@@ -183,4 +187,29 @@ void ul_stream_received(ul_fdmon *mon, const ul_request *request, const struct u
         ul_fdmon_collect_data(mon, request->fd, result < UL_BUFFER_BYTES ? result : UL_BUFFER_BYTES, buffer);
     else
         receive_ended(mon, request, result > 0 ? -EIO : result);
+}
+
+/* ---- sending ---- */
+
+int ul_stream_arm_send(ul_fdmon *mon, int fd) {
+    int err = 0;
+    ul_send *send = mon->watches[fd].send;
+    struct ul_sqe *sqe = send->state == UL_QUEUED ? ul_request_new(mon, fd, &send->request, &err) : NULL;
+    if (!sqe)
+        return err;
+    mon->requests[send->request - 1].kind = UL_SENDS;
+    send->state = UL_SENDING;
+    mon->sends_queued--;
+    ul_prep_send(sqe, fd, &send->message, ul_request_user_data(mon, send->request));
+    return 0;
+}
+
+void ul_stream_sent(ul_fdmon *mon, int fd, int32_t result) {
+    ul_send *send = mon->watches[fd].send;
+    /* What this kernel or this socket does not know was not sent either: send() will tell. */
+    bool nothing = result == -ECANCELED || result == -EINTR || result == -EOPNOTSUPP || result == -EINVAL;
+    mon->sends_queued -= send->state == UL_QUEUED;
+    send->state = UL_ENDED;
+    send->result = nothing ? -EAGAIN : result;
+    ul_fdmon_collect_sent(mon, fd, send->result);
 }

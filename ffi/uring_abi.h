@@ -84,7 +84,9 @@ struct ul_buffer_ring_registration {
 
 enum {
     UL_OP_POLL_ADD = 6,
+    UL_OP_SENDMSG = 9,
     UL_OP_ASYNC_CANCEL = 14,
+    UL_OP_SEND = 26,
     UL_OP_RECV = 27,
     UL_POLL_ADD_MULTI = 1 << 0,      /* in ul_sqe.len */
     UL_RECV_MULTISHOT = 1 << 1,      /* in ul_sqe.ioprio */

@@ -1,7 +1,7 @@
 /*
  * A kernel in a bad mood, and the same mood again from the same seed.
  *
- * Why it exists: missing buffers, receives that end without saying so, a full completion queue and interrupted
+ * Why it exists: short sends, missing buffers, receives that end without saying so, a full completion queue and interrupted
  * enters meet each other in production, once a month. Promise: each fault is one that the kernel itself produces or is free to
  * produce: requests are altered before it sees them, completions of different descriptors change places, and no result of a
  * request is invented. All choices come from one generator, so that a seed names a run.
@@ -30,10 +30,10 @@ static struct {
     long denied;         /* every enter answers this */
     uint32_t edited;     /* submission entries before this one were altered, or spared */
     const ul_ring *ring; /* to which that applies */
-    int counts[8];
+    int counts[9];
 } faults;
 
-enum { LOST_MORE, NO_BUFFERS, WOULD_BLOCK, FEW_TAKEN, ENTER_ERROR, REORDERED, OVERFLOWED, DENIED };
+enum { LOST_MORE, NO_BUFFERS, WOULD_BLOCK, SHORT_SEND, FEW_TAKEN, ENTER_ERROR, REORDERED, OVERFLOWED, DENIED };
 
 static inline bool strikes(int fault) {
     bool does = chance(faults.rate);
@@ -50,6 +50,19 @@ static inline void alter_receive(struct ul_sqe *sqe) {
         sqe->op_flags |= MSG_DONTWAIT;
 }
 
+static inline void alter_send(struct ul_sqe *sqe) {
+    if (strikes(WOULD_BLOCK))
+        sqe->op_flags |= MSG_DONTWAIT;
+    if (!strikes(SHORT_SEND))
+        return;
+    if (sqe->opcode == UL_OP_SEND) {
+        sqe->len = sqe->len > 1 ? 1 + random_below(sqe->len) : sqe->len;
+    } else {
+        struct msghdr *message = (struct msghdr *)(uintptr_t)sqe->addr;
+        message->msg_iovlen = 1 + random_below((uint32_t)message->msg_iovlen);
+    }
+}
+
 static inline void alter_requests(const ul_ring *ring) {
     if (faults.ring != ring) {
         faults.ring = ring;
@@ -59,6 +72,8 @@ static inline void alter_requests(const ul_ring *ring) {
         struct ul_sqe *sqe = &ring->sqes[faults.edited & ring->sq_mask];
         if (sqe->opcode == UL_OP_RECV)
             alter_receive(sqe);
+        else if (sqe->opcode == UL_OP_SEND || sqe->opcode == UL_OP_SENDMSG)
+            alter_send(sqe);
     }
 }
 
@@ -113,7 +128,7 @@ static long setup_with_small_queues(unsigned entries, struct ul_params *params) 
 
 /* The mood of this seed, from the next set-up on. */
 static inline void begin_faults(uint64_t seed) {
-    int counts[8];
+    int counts[9];
     memcpy(counts, faults.counts, sizeof counts);
     memset(&faults, 0, sizeof faults);
     memcpy(faults.counts, counts, sizeof counts);

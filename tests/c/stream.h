@@ -17,8 +17,8 @@ enum { FDS_MAX = 4096, CHUNK_MAX = 65536 };
 /* What has come in on a descriptor, and what was reported of it. */
 struct intake {
     uint64_t bytes;
-    int wrong, data_events, read_events, write_events, ends;
-    int32_t end;
+    int wrong, data_events, read_events, write_events, ends, sents;
+    int32_t end, sent;
     bool leave_it; /* do not recv() when it is readable */
 };
 
@@ -96,6 +96,9 @@ static inline void take_event(ul_fdmon *mon, const ul_event *event) {
         intake->ends++;
         intake->end = event->result;
         CHECK(!event->data);
+    } else if (event->events == UL_SENT) {
+        intake->sents++;
+        intake->sent = event->result;
     } else {
         CHECK(event->events && !(event->events & ~(uint32_t)(UL_READ | UL_WRITE)));
         intake->read_events += (event->events & UL_READ) != 0;

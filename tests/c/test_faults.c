@@ -20,6 +20,7 @@ static unsigned char bytes[FED_MAX + 100000]; /* byte_of(0) ...: what is receive
 struct connection {
     struct pair pair;
     uint64_t sent; /* of what was received, as far as is known */
+    bool sending;
 };
 
 static struct connection connections[CONNECTIONS];
@@ -33,11 +34,40 @@ static struct connection *connection_of(int fd) {
     return NULL;
 }
 
-static void answer(struct connection *c) {
+static void send_directly(struct connection *c) {
     uint64_t size = intakes[c->pair.ours].bytes - c->sent;
     ssize_t n = size ? send(c->pair.ours, bytes + c->sent, size, MSG_DONTWAIT | MSG_NOSIGNAL) : 0;
     CHECK(n >= 0 || errno == EAGAIN);
     c->sent += n > 0 ? (uint64_t)n : 0;
+}
+
+static void send_ended(struct connection *c, int32_t result) {
+    CHECK(c->sending && (result >= 0 || result == -EAGAIN));
+    c->sending = false;
+    c->sent += result > 0 ? (uint64_t)result : 0;
+    CHECK(c->sent <= intakes[c->pair.ours].bytes);
+    if (result == -EAGAIN && chance(50))
+        send_directly(c);
+}
+
+static void answer(struct connection *c) {
+    struct iovec pieces[4];
+    uint64_t left = intakes[c->pair.ours].bytes - c->sent, at = c->sent;
+    int count = 0;
+    if (c->sending || left == 0)
+        return;
+    while (count < 1 + (int)random_below(4) && left > 0) {
+        uint32_t size = 1 + random_below((uint32_t)(left < 30000 ? left : 30000));
+        pieces[count++] = (struct iovec){bytes + at, size};
+        at += size;
+        left -= size;
+    }
+    int ret = ul_fdmon_send(mon, c->pair.ours, pieces, count);
+    c->sending = ret == 0;
+    if (ret == -EOPNOTSUPP)
+        send_directly(c);
+    else
+        CHECK(ret == 0);
 }
 
 static void take_reported(const ul_event *events, int n) {
@@ -47,7 +77,9 @@ static void take_reported(const ul_event *events, int n) {
         if (!CHECK(c))
             continue;
         struct intake *intake = &intakes[c->pair.ours];
-        if (events[i].events == UL_DATA && CHECK(events[i].result > 0))
+        if (events[i].events == UL_SENT)
+            send_ended(c, events[i].result);
+        else if (events[i].events == UL_DATA && CHECK(events[i].result > 0))
             take_in(c->pair.ours, events[i].data, (size_t)events[i].result);
         else if (events[i].events & UL_READ && !(events[i].events & UL_DATA))
             read_in(c->pair.ours, 1 + random_below(20000));
@@ -77,6 +109,14 @@ static void turn_elsewhere(void) {
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, turn_in_thread, NULL) == 0);
     pthread_join(thread, NULL);
+}
+
+static void cancel(struct connection *c) {
+    int ret = ul_fdmon_cancel_send(mon, c->pair.ours);
+    if (c->sending)
+        send_ended(c, ret);
+    else
+        CHECK(ret == -ENOENT);
 }
 
 /* The connection goes, with whatever is under way, and another one gets its number. */
@@ -118,6 +158,8 @@ static void step(void) {
         turn((int)random_below(chance(20) ? 3 : 64));
     else if (what < 85)
         answer(c);
+    else if (what < 89)
+        cancel(c);
     else if (what < 96)
         watch(c);
     else if (what < 97)
@@ -154,7 +196,7 @@ static void finish(void) {
         }
     }
     for (int i = 0; i < CONNECTIONS; i++)
-        CHECK(is_complete(&connections[i]) && intakes[connections[i].pair.peer].wrong == 0);
+        CHECK(is_complete(&connections[i]) && intakes[connections[i].pair.peer].wrong == 0 && !connections[i].sending);
     turn(64);
     CHECK(is_quiet(mon, 1 * MS));
 }

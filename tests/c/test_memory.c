@@ -204,6 +204,31 @@ static void receiving_that_finds_no_memory_becomes_readiness(enum ul_kind kind) 
     }
 }
 
+static void a_send_that_finds_no_memory_is_refused(enum ul_kind kind) {
+    ul_fdmon *mon = open_monitor(kind);
+    struct pair pairs[100];
+    for (int i = 0; i < 100; i++) {
+        pairs[i] = open_pair();
+        fail_from(0, FOR_EVER);
+        int ret = ul_fdmon_send(mon, pairs[i].ours, &(struct iovec){"x", 1}, 1);
+        fail_no_more();
+        CHECK(ret == -ENOMEM && failed_allocations == 1);
+        for (int allocation = 0; ret < 0; allocation++) {
+            fail_from(allocation, 1);
+            ret = ul_fdmon_send(mon, pairs[i].ours, &(struct iovec){"x", 1}, 1);
+            fail_no_more();
+            CHECK(ret == 0 || ret == -ENOMEM);
+        }
+    }
+    for (int sent = 0, turns = 0; sent < 100 && turns < 100; turns++)
+        sent += ul_fdmon_turn(mon, 0, out, 2 * WATCHES);
+    for (int i = 0; i < 100; i++) {
+        take(pairs[i].peer);
+        close_pair(pairs[i]);
+    }
+    close_monitor(mon);
+}
+
 static void closing_needs_no_memory(enum ul_kind kind) {
     struct pair pair = open_pair();
     ul_fdmon *mon = open_monitor(kind);
@@ -222,4 +247,5 @@ TESTS(TEST(a_monitor_that_cannot_be_made_leaves_nothing_behind, ON_ALL),
       TEST(a_ring_without_memory_falls_back, ON_EPOLL),
       TEST(a_watch_that_finds_no_memory_is_refused_and_the_others_stay, ON_ALL), TEST(removing_needs_no_memory, ON_ALL),
       TEST(a_turn_that_finds_no_memory_says_so_and_the_next_one_works, ON_ALL),
-      TEST(receiving_that_finds_no_memory_becomes_readiness, ON_IO_URING), TEST(closing_needs_no_memory, ON_ALL))
+      TEST(receiving_that_finds_no_memory_becomes_readiness, ON_IO_URING),
+      TEST(a_send_that_finds_no_memory_is_refused, ON_IO_URING), TEST(closing_needs_no_memory, ON_ALL))

@@ -386,7 +386,8 @@ static void what_epoll_refuses_is_refused_with_its_errno(enum ul_kind kind) {
     CHECK(ul_fdmon_update(mon, file, UL_READ) == -EBADF);
     CHECK(ul_fdmon_update(mon, -1, UL_READ) == -EBADF);
     CHECK(ul_fdmon_update(mon, -2147483647 - 1, UL_READ) == -EBADF);
-    static const uint32_t nonsense[] = {UL_ONCE, UL_RECV, UL_RECV | UL_WRITE, UL_READ | UL_RECV | UL_ONCE, UL_DATA};
+    static const uint32_t nonsense[] = {UL_ONCE, UL_RECV,          UL_RECV | UL_WRITE, UL_READ | UL_RECV | UL_ONCE,
+                                        UL_DATA, UL_SENT | UL_READ};
     for (size_t i = 0; i < sizeof nonsense / sizeof nonsense[0]; i++)
         CHECK(ul_fdmon_update(mon, event, nonsense[i]) == -EINVAL);
     CHECK(ul_fdmon_update(mon, event, 0x101) == -EINVAL);
