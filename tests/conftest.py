@@ -40,14 +40,26 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(params=MONITORS)
 def monitor(request: pytest.FixtureRequest) -> str:
     """Each monitor in turn; one that this machine refuses is skipped with the reason, and is a
-    failure in our CI.
+    failure in our CI. A test may ask for "io_uring ring" or "io_uring sends".
     """
-    reason = refusal(request.param)
+    monitor, _, mode = request.param.partition(" ")
+    choose_mode(request.getfixturevalue("monkeypatch"), mode)
+    reason = refusal(monitor)
     if reason and os.environ.get("CI") and not os.environ.get("URINGLOOP_TEST_DENIED"):
         pytest.fail(f"CI must offer every monitor: {reason}")
     if reason:
         pytest.skip(reason)
-    return str(request.param)
+    return str(monitor)
+
+
+def choose_mode(patch: pytest.MonkeyPatch, mode: str) -> None:
+    """A way to send or to receive, for the loops that are made from now on; "" is the default."""
+    if mode == "sends":  # by the ring
+        patch.setenv("URINGLOOP_SEND", "ring")
+    elif mode in ("readiness", "auto", "ring"):
+        patch.setenv("URINGLOOP_RECEIVE", mode)
+    elif mode:
+        patch.setenv("URINGLOOP_SEND", mode)
 
 
 def loop_named(name: str, patch: pytest.MonkeyPatch) -> Iterator[asyncio.AbstractEventLoop]:
@@ -56,9 +68,7 @@ def loop_named(name: str, patch: pytest.MonkeyPatch) -> Iterator[asyncio.Abstrac
     uses = {"stock": "poll", "stepwise": "io_uring"}.get(monitor, monitor)
     if reason := refusal(uses):
         pytest.skip(reason)
-    if mode:
-        is_receiving = mode in ("readiness", "auto", "ring")
-        patch.setenv("URINGLOOP_RECEIVE" if is_receiving else "URINGLOOP_SEND", mode)
+    choose_mode(patch, mode)
     loop = make_loop_named(monitor)
     yield loop
     loop.close()

@@ -42,6 +42,7 @@ STYLES = ("Protocol", "BufferedProtocol", "streams")
 STYLED = pytest.mark.parametrize("style", STYLES)
 LOOPS = ("stock", *MONITORS, "io_uring ring")
 MODES = [f"{monitor} {mode}" for monitor in MONITORS for mode in ("now", "callback", "turn")]
+MODES.append("io_uring sends")
 
 
 @pytest.fixture(params=LOOPS)

@@ -149,30 +149,6 @@ def test_what_came_before_a_pause_waits_for_the_resumption(any_loop: AnyLoop, ki
     run(any_loop, main())
 
 
-@KINDS
-def test_each_piece_may_pause_while_the_next_ones_are_there(any_loop: AnyLoop, kind: str) -> None:
-    data = payload(150_000)
-
-    async def main() -> None:
-        async with warm(lambda: Diary(lambda diary: diary.transport.pause_reading()), kind) as (
-            diary,
-            sock,
-        ):
-            sending = asyncio.ensure_future(any_loop.sock_sendall(sock, data))
-            seen = 0
-            while len(diary.data) < len(data):
-                await diary.until(lambda: len(diary.pieces) > seen)  # noqa: B023
-                seen = len(diary.pieces)
-                await turns()
-                assert len(diary.pieces) == seen, "received while it was paused"
-                diary.transport.resume_reading()
-            await sending
-            assert digest(diary.data) == digest(data)
-            diary.check_passes()
-
-    run(any_loop, main())
-
-
 @pytest.mark.parametrize("keep_open", [True, False])
 @KINDS
 def test_an_end_that_came_before_a_pause_is_told_once_after_it(
@@ -201,22 +177,6 @@ def test_an_end_that_came_before_a_pause_is_told_once_after_it(
 
 
 # ------------------------------------------------------------------------------ one callback a pass
-
-
-@KINDS
-def test_what_data_received_has_queued_runs_before_the_end_is_told(
-    any_loop: AnyLoop, kind: str
-) -> None:
-    async def main() -> None:
-        async with warm(kind=kind) as (diary, sock):
-            sock.send(b"last words")
-            sock.close()
-            await diary.lost()
-            await turns()
-            assert diary.entries == [b"last words", "later", "eof", "later"]
-            assert diary.events == ["made", "eof", "lost"]
-
-    run(any_loop, main())
 
 
 def test_large_and_small_messages_in_turn_come_one_a_pass(any_loop: AnyLoop) -> None:
@@ -276,7 +236,7 @@ def test_a_new_protocol_gets_what_was_received_before_it_one_callback_a_pass(
             sock.send(messages[2])
             await new.until(lambda: len(old.data) + len(new.data) == len(expected))
             await turns()
-            assert bytes(old.data + new.data) == expected
+            assert old.data + new.data == expected
             assert len(old.pieces) == (where == "inside")
             old.check_passes()
             new.check_passes()
@@ -286,28 +246,63 @@ def test_a_new_protocol_gets_what_was_received_before_it_one_callback_a_pass(
     run(any_loop, main())
 
 
-def test_what_was_received_while_paused_fills_the_buffer_of_a_new_protocol_as_often_as_it_takes(
-    any_loop: AnyLoop,
+class Raising(Diary):
+    """Raises once: in data_received(), behind its entry, or in get_buffer()."""
+
+    def __init__(self, exit_: type[BaseException]) -> None:
+        super().__init__(then=self.leave)
+        self.exits = [exit_]
+
+    def leave(self, _: object = None) -> None:
+        if self.exits:
+            raise self.exits.pop()
+
+
+class BufferedRaising(Raising, BufferedDiary):
+    """It has taken nothing yet when it raises."""
+
+    def get_buffer(self, sizehint: int) -> Any:
+        self.leave()
+        return super().get_buffer(sizehint)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("make", [Raising, BufferedRaising])
+def test_an_exit_in_a_read_callback_loses_nothing_that_is_there(
+    any_loop: AnyLoop, make: type[Raising], error: type[BaseException]
 ) -> None:
-    data = payload(20_000)
+    data = payload(50_000)
+    near, far = socket.socketpair()
+    far.setblocking(False)
+    made = []
 
-    async def main() -> None:
-        async with warm() as (old, sock):
-            sock.send(data)
-            await turns(1)
-            old.transport.pause_reading()
-            old.transport.set_protocol(new := BufferedDiary())
-            await turns(3)
-            old.transport.resume_reading()
-            sock.send(b"and the rest")
-            sock.shutdown(socket.SHUT_WR)
-            await new.lost()
-            await turns()
-            assert bytes(new.data) == data + b"and the rest"
-            assert not old.data
-            new.check_passes()
+    async def begin() -> None:
+        _, old = await any_loop.create_connection(Diary, sock=near)
+        await send_and_see(old, far, 5)
+        await turns()
+        far.send(data[:-10])
+        await turns(1)
+        old.transport.pause_reading()
+        protocol = make(error)
+        protocol.transport = old.transport
+        made.append(protocol)
+        old.transport.set_protocol(protocol)
 
-    run(any_loop, main())
+    async def go_on() -> None:
+        far.send(data[-10:])
+        await made[0].received(len(data))
+        assert digest(made[0].data) == digest(data)
+        made[0].transport.abort()
+        await made[0].lost()
+
+    with far:
+        any_loop.run_until_complete(begin())
+        any_loop.call_soon(made[0].transport.resume_reading)
+        timer = any_loop.call_later(SOON_S, any_loop.stop)
+        with pytest.raises(error):
+            any_loop.run_forever()
+        timer.cancel()
+        run(any_loop, go_on())
 
 
 @KINDS
@@ -333,83 +328,6 @@ def test_no_piece_is_larger_than_one_read_may_be(any_loop: AnyLoop, kind: str) -
 
 
 # ------------------------------------------------------------------------------------------ the end
-
-
-class Raising(Diary):
-    """Raises once: in data_received(), behind its entry, or in its successor's get_buffer()."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(then=self.fail)
-        self.fault: BaseException | None = error
-
-    def fail(self, _: object = None) -> None:
-        error, self.fault = self.fault, None
-        if error is not None:
-            raise error
-
-
-class BufferedRaising(Raising, BufferedDiary):
-    """It has taken nothing yet when it raises."""
-
-    def get_buffer(self, sizehint: int) -> Any:
-        self.fail()
-        return super().get_buffer(sizehint)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("make", [Raising, BufferedRaising])
-def test_an_exit_in_a_read_callback_loses_nothing_that_is_there(
-    any_loop: AnyLoop, make: type[Raising], error: type[BaseException]
-) -> None:
-    data = payload(50_000)
-    near, far = socket.socketpair()
-    far.setblocking(False)
-    made = []
-
-    async def begin() -> None:
-        _, old = await any_loop.create_connection(Diary, sock=near)
-        await send_and_see(old, far, 5)
-        await turns()
-        far.send(data[:-10])
-        await turns(1)
-        old.transport.pause_reading()
-        protocol = make(error())
-        protocol.transport = old.transport
-        made.append(protocol)
-        old.transport.set_protocol(protocol)
-
-    async def go_on() -> None:
-        far.send(data[-10:])
-        await made[0].received(len(data))
-        assert digest(made[0].data) == digest(data)
-        made[0].transport.abort()
-        await made[0].lost()
-
-    with far:
-        any_loop.run_until_complete(begin())
-        any_loop.call_soon(made[0].transport.resume_reading)
-        timer = any_loop.call_later(SOON_S, any_loop.stop)
-        with pytest.raises(error):
-            any_loop.run_forever()
-        timer.cancel()
-        run(any_loop, go_on())
-
-
-# ------------------------------------------------------------------------------------------ the end
-
-
-def test_data_and_then_a_reset_come_as_data_and_a_loss(any_loop: AnyLoop) -> None:
-    async def main() -> None:
-        async with warm(kind="tcp") as (diary, sock):
-            sock.send(b"last words")
-            await diary.received(10)
-            reset(sock)
-            await diary.lost()
-            await turns()
-            assert diary.entries == [b"last words", "later"]
-            assert diary.events == ["made", "lost ConnectionResetError"]
-
-    run(any_loop, main())
 
 
 @pytest.mark.parametrize("ending", ["close", "shutdown", "reset"])
@@ -444,33 +362,6 @@ def test_an_end_behind_much_that_waited_is_told(
     assert run(any_loop, main(), limit=SOON_S) == ["made", *ended]
 
 
-@KINDS
-def test_who_keeps_a_half_closed_connection_open_may_go_on_writing(
-    any_loop: AnyLoop, kind: str
-) -> None:
-    answer = payload(3_000_000)
-
-    async def main() -> None:
-        async with warm(lambda: Diary(keep_open=True), kind) as (diary, sock):
-            sock.send(b"question")
-            sock.shutdown(socket.SHUT_WR)
-            await diary.has("eof")
-            diary.transport.write(answer)
-            assert digest(await read(sock, len(answer))) == digest(answer)
-            diary.events = [event for event in diary.events if event not in ("pause", "resume")]
-            diary.transport.pause_reading()
-            diary.transport.resume_reading()
-            await turns(10)
-            # As in asyncio, who reads on at the end is told again that it is the end.
-            assert diary.events == ["made", "eof", "eof"]
-            diary.transport.close()
-            assert await read_to_end(sock) == b""
-            await diary.lost()
-            assert diary.data == b"question"
-
-    run(any_loop, main())
-
-
 @pytest.mark.parametrize("how", ["close", "abort"])
 @pytest.mark.parametrize("where", ["inside", "outside"])
 @KINDS
@@ -499,25 +390,6 @@ def test_nothing_comes_after_the_end_and_the_peer_sees_it_soon(
             assert diary.events == ["made", "lost"]
 
     run(any_loop, main())
-
-
-def test_a_callback_that_raises_ends_the_connection_and_nothing_follows(any_loop: AnyLoop) -> None:
-    reports: list[Any] = []
-    any_loop.set_exception_handler(lambda _, report: reports.append(report["exception"]))
-    error = ValueError("mine")
-
-    async def main() -> None:
-        async with warm(lambda: Raising(error)) as (diary, sock):
-            with contextlib.suppress(BlockingIOError):
-                sock.send(payload(200_000))
-            await diary.lost()
-            await turns(10)
-            assert len(diary.pieces) == 1
-            assert diary.error is error
-            assert diary.events == ["made", "lost ValueError"]
-
-    run(any_loop, main())
-    assert reports == [error]
 
 
 def test_a_loop_that_is_closed_lets_go_of_what_it_was_receiving(any_loop: AnyLoop) -> None:
@@ -876,7 +748,7 @@ def test_a_downgrade_in_mid_traffic_loses_nothing(
     monkeypatch.setenv("URINGLOOP_RECEIVE", mode)
     found = run_child(install_a_filter_later, "io_uring", errno.EPERM, *calls).value
     after = "poll" if "epoll_create1" in calls else "epoll"
-    all_went_well(found, "io_uring", after, "io_uring_")
+    all_went_well(found, "io_uring", after, "io_uring_")  # a pause or a turn finds out
 
 
 def overflow(mode: str) -> list[Any]:
@@ -973,63 +845,41 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.S
     return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
-def client_hello(
-    client: ssl.SSLContext,
-) -> tuple[bytes, ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]:
-    """The first words of a TLS client that is worked by hand."""
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    connection = client.wrap_bio(incoming, outgoing, server_hostname="localhost")
-    with contextlib.suppress(ssl.SSLWantReadError):
-        connection.do_handshake()
-    return outgoing.read(), connection, incoming, outgoing
-
-
-@pytest.mark.parametrize("hello_is", ["behind the line", "in pieces", "before a turn"])
-def test_start_tls_gives_a_hello_that_came_with_the_line_before_to_tls(
-    any_loop: AnyLoop, tls: tuple[ssl.SSLContext, ssl.SSLContext], hello_is: str
+@pytest.mark.parametrize("size_bytes", [10, BUFFER, 1 << 20], ids=["in pieces", "some", "whole"])
+@pytest.mark.parametrize("waits_turns", [0, 1, 2])
+def test_start_tls_gives_tls_a_hello_that_was_in_flight(
+    any_loop: AnyLoop,
+    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+    waits_turns: int,
+    size_bytes: int,
 ) -> None:
-    """The server stops reading at the line; what is in flight by then is TLS's."""
+    """In the socket, received and not handed over, or kept while reading was paused."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = tls[1].wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
 
     async def main() -> None:
-        hello, connection, incoming, outgoing = client_hello(tls[1])
-
-        async def until_done(step: Callable[[], Any]) -> Any:
-            while True:
-                try:
-                    return step()
-                except ssl.SSLWantReadError:
-                    if pending := outgoing.read():
-                        await any_loop.sock_sendall(sock, pending)
-                    incoming.write(await any_loop.sock_recv(sock, 1 << 16))
-                finally:
-                    if pending := outgoing.read():
-                        await any_loop.sock_sendall(sock, pending)
-
-        async with warm(lambda: Diary(lambda diary: diary.transport.pause_reading())) as (
-            plain,
-            sock,
-        ):
+        async with warm() as (plain, sock):
             sock.send(b"STARTTLS\n")
-            if hello_is == "before a turn":
-                await turns(1)
             await plain.received(9)
-            for start in range(0, len(hello), 100 if hello_is == "in pieces" else len(hello)):
-                sock.send(hello[start : start + 100] if hello_is == "in pieces" else hello)
-            secret = Diary()
+            for start in range(0, len(hello), size_bytes):
+                sock.send(hello[start : start + size_bytes])
+            await turns(min(waits_turns, 1))
+            plain.transport.pause_reading()
+            await turns(waits_turns - 1)
             upgrading = asyncio.create_task(
-                any_loop.start_tls(plain.transport, secret, tls[0], server_side=True)
+                any_loop.start_tls(plain.transport, Peer(), tls[0], server_side=True)
             )
-            await until_done(connection.do_handshake)
-            transport = await upgrading
-            assert transport is not None
-            connection.write(b"secret")
+            while not outgoing.pending:  # the client's side: until it has its say
+                incoming.write(await any_loop.sock_recv(sock, 1 << 16))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    client.do_handshake()
             await any_loop.sock_sendall(sock, outgoing.read())
-            await secret.received(6)
-            transport.write(b"answer")
-            assert await until_done(lambda: connection.read(100)) == b"answer"
-            assert (bytes(plain.data), bytes(secret.data)) == (b"STARTTLS\n", b"secret")
+            transport: Any = await upgrading
+            assert plain.data == b"STARTTLS\n"
             transport.abort()
-            await secret.lost()
 
     run(any_loop, main())
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -30,6 +31,7 @@ CALLS = (
     "io_uring_setup io_uring_enter io_uring_register epoll_create1 epoll_ctl ?epoll_wait"
     " epoll_pwait epoll_pwait2 ?poll ppoll ?select pselect6"
 ).split()
+STREAM_CALLS = "recvfrom recvmsg sendto sendmsg sendmmsg".split()
 MARK = "/uringloop/mark/"
 CHILD = "import sys; from tests import test_syscalls; test_syscalls.child(*sys.argv[1:])"
 
@@ -70,7 +72,11 @@ def tracing_refused(log: Path) -> str | None:
 
 
 def traced(
-    scenario: Callable[[str, dict[str, int]], None], monitor: str, tmp_path: Path
+    scenario: Callable[[str, dict[str, int]], None],
+    monitor: str,
+    tmp_path: Path,
+    *more_calls: str,
+    **environment: str,
 ) -> tuple[dict[str, collections.Counter[str]], dict[str, int]]:
     """Run a scenario under strace: the calls between its marks, and what statistics() said."""
     log = tmp_path / "strace"
@@ -80,11 +86,11 @@ def traced(
         pytest.skip(f"no system calls can be counted: {problem}")
     if problem := refusal(monitor):
         pytest.skip(problem)
-    trace = "trace=" + ",".join([*CALLS, "?readlink", "readlinkat"])
+    trace = "trace=" + ",".join([*CALLS, *more_calls, "?readlink", "readlinkat"])
     command = [sys.executable, "-c", CHILD, scenario.__name__, monitor]
     run = subprocess.run(
         ["strace", "-f", "-qq", "-e", trace, "-e", "signal=none", "-o", log, *command],
-        env=child_environment(PYTHONWARNINGS="ignore"),
+        env=child_environment(PYTHONWARNINGS="ignore", **environment),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -201,6 +207,55 @@ def idle_scenario(monitor: str, enters: dict[str, int]) -> None:
     loop.close()
 
 
+class Echo(asyncio.Protocol):
+    """Sends back what it gets."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        self.transport.write(data)
+
+
+def echo_scenario(monitor: str, enters: dict[str, int]) -> None:
+    """100 connections, each with one request a round; what the clients do is not traced."""
+    loop = uringloop.new_event_loop(monitor=monitor)
+    watched = pairs(100)
+    echoes: list[Echo] = []
+
+    async def rounds(count: int, size_bytes: int) -> None:
+        expected = [echo.received + count * size_bytes for echo in echoes]
+        for _ in range(count):
+            for _, peer in watched:
+                os.write(peer.fileno(), bytes(size_bytes))
+            for _, peer in watched:
+                answered = 0
+                while answered < size_bytes:
+                    try:
+                        answered += len(os.read(peer.fileno(), size_bytes))
+                    except BlockingIOError:
+                        await asyncio.sleep(0)
+        assert [echo.received for echo in echoes] == expected
+
+    async def main() -> None:
+        for ours, peer in watched:
+            peer.setblocking(False)
+            echoes.append((await loop.create_connection(Echo, sock=ours))[1])
+        await rounds(5, 1024)
+        with marked("small", enters, loop):
+            await rounds(10, 1024)
+        await rounds(5, 10240)
+        with marked("large", enters, loop):
+            await rounds(10, 10240)
+
+    loop.run_until_complete(main())
+    loop.close()
+
+
 # ---------------------------------------------------------------------- tests
 
 
@@ -265,6 +320,28 @@ def test_a_forced_monitor_waits_with_its_own_call_and_never_touches_io_uring(
     waited = {name for name in calls["loop"] if re.search("wait|poll$|select", name)}
     assert waited
     assert waited <= waits
+
+
+@pytest.mark.parametrize("receive", ["readiness", "auto"])
+@pytest.mark.parametrize("send", ["turn", "ring"])
+def test_1000_small_requests_cost_a_hundred_calls_when_the_ring_carries_them(
+    tmp_path: Path, receive: str, send: str
+) -> None:
+    calls, _ = traced(
+        echo_scenario,
+        "io_uring",
+        tmp_path,
+        *STREAM_CALLS,
+        URINGLOOP_RECEIVE=receive,
+        URINGLOOP_SEND=send,
+    )
+    small, large = calls["small"], calls["large"]
+    assert (small["recvfrom"] == 0) if receive == "auto" else (small["recvfrom"] >= 1000)
+    assert large["recvfrom"] >= 1000
+    sent = small["sendto"] + small["sendmsg"]
+    assert (sent == 0) if send == "ring" else (sent >= 1000)
+    if (receive, send) == ("auto", "ring"):
+        assert sum(small.values()) <= 100
 
 
 def test_the_parser_counts_calls_where_they_began() -> None:

@@ -69,12 +69,12 @@ SINCE_3_14 = sys.version_info >= (3, 14)
 SINCE_3_15 = sys.version_info >= (3, 15)
 
 
-@pytest.fixture(params=["stock", *MONITORS, "io_uring ring"])
+@pytest.fixture(params=["stock", *MONITORS, "io_uring ring", "io_uring sends"])
 def contract_loop(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[AnyLoop]:
     """asyncio's own loop, which shows that the test is right, and ours on each monitor, on io_uring
-    also with all that is received by the ring.
+    also with all that is received, or sent, by the ring.
     """
     yield from loop_named(request.param, monkeypatch)
 

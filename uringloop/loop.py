@@ -51,9 +51,9 @@ _READ_MAX_BYTES = 64 * 1024
 
 _DATAGRAM_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
-#: When what was written leaves: in write(), when the callback that wrote returns, or at the end of
-#: the turn together with all the others. docs/decisions.md 16
-_SEND_POLICIES: Final = ("now", "callback", "turn")
+#: When what was written leaves: in write(), when the callback that wrote returns, at the end of the
+#: turn together with all others, or on io_uring with the next enter. docs/decisions.md 16
+_SEND_POLICIES: Final = ("now", "callback", "turn", "ring")
 
 #: Who receives on io_uring: a transport when its socket is readable, the monitor while messages are
 #: small, or the monitor always. docs/decisions.md 22
@@ -72,7 +72,7 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
 
     Raises UringUnavailable when a forced monitor is refused, and ValueError for an unknown name.
 
-    For measuring: URINGLOOP_SEND ("now", "callback" or "turn": when a write leaves),
+    For measuring: URINGLOOP_SEND ("now", "callback", "turn" or "ring": when a write leaves),
     URINGLOOP_RECEIVE ("readiness", "auto" or "ring": who receives on io_uring) and
     URINGLOOP_RECV_BYTES (4096 to 16777216: how much one read takes), read when a loop is made.
     """
@@ -349,7 +349,7 @@ def _before_fork() -> None:
     """What write() took leaves before the process doubles, and not twice."""
     loop = asyncio._get_running_loop()
     if isinstance(loop, EventLoop):
-        loop._send_unsent()
+        loop._before_fork()
 
 
 os.register_at_fork(before=_before_fork)

@@ -20,6 +20,7 @@ cdef enum SendPolicy:
     SEND_NOW
     SEND_CALLBACK
     SEND_TURN
+    SEND_RING  # as SEND_TURN; on io_uring the sends are requests of the turn's enter
 
 cdef enum ReceiveMode:
     RECEIVE_READINESS  # the monitor says when, the transport reads
@@ -91,7 +92,9 @@ cdef class LoopCore:
         if self.monitor.layout != UL_FDMON_LAYOUT:
             raise ImportError("uringloop's two extensions were built from different sources; install it again")
         self.keys = selector._fd_to_key
-        self.send_policy = {"now": SEND_NOW, "callback": SEND_CALLBACK, "turn": SEND_TURN}[send_policy]
+        self.send_policy = {
+            "now": SEND_NOW, "callback": SEND_CALLBACK, "turn": SEND_TURN, "ring": SEND_RING
+        }[send_policy]
         if self.fdmon.name == "io_uring":
             self.receive_mode = {
                 "readiness": RECEIVE_READINESS, "auto": RECEIVE_AUTO, "ring": RECEIVE_RING
@@ -281,12 +284,16 @@ cdef class LoopCore:
         self.poll(self.timeout_ns())
         self.collect_due_timers()
         self.awake = self.in_pass = True
+        cdef bint goes_on = False
         try:
             self.run_ready()
+            goes_on = not self._stopping
         finally:
             self.awake = self.in_pass = False
             if self.unsent:
                 self.send_unsent()
+            if self.send_policy == SEND_RING and not goes_on:  # no turn follows, with which they would leave
+                self.take_back_sends()
 
     cdef int sweep_timers(self) except -1:
         """Drops cancelled timers: from the top, and from everywhere when half of them are, as asyncio does."""
@@ -361,8 +368,8 @@ cdef class LoopCore:
         cdef int fd = event.fd
         cdef uint32_t events = event.events
         cdef Transport transport = self.transport_at(fd)
-        if events == UL_DATA:
-            return self.deliver_data(transport, event)
+        if events & (UL_DATA | UL_SENT):
+            return self.deliver_result(transport, event)
         if transport is not None and transport.interest & events:
             transport.notice(events)
             if not self.keys:
@@ -386,11 +393,13 @@ cdef class LoopCore:
                 self.ready.push(writer)
         return 0
 
-    cdef int deliver_data(self, Transport transport, const ul_event *event) except -1:
+    cdef int deliver_result(self, Transport transport, const ul_event *event) except -1:
         """What the monitor received leaves its buffer here: the next turn fills it again."""
-        if transport is not None:
-            (<StreamTransport>transport).keep(<const char *>event.data, event.result)
-        return 0
+        if not isinstance(transport, StreamTransport):
+            return 0
+        if event.events == UL_DATA:
+            return (<StreamTransport>transport).keep(<const char *>event.data, event.result)
+        return (<StreamTransport>transport).sent_by_ring(event.result)
 
     cdef int collect_due_timers(self) except -1:
         cdef list heap = self._scheduled
@@ -443,7 +452,7 @@ cdef class LoopCore:
         cdef StreamTransport transport
         self.unsent = []
         try:
-            if self.shares_gil:
+            if self.shares_gil and self.send_policy != SEND_RING:
                 self.shares_gil = False
                 self.send_without_gil(unsent)
             for transport in unsent:
@@ -495,15 +504,27 @@ cdef class LoopCore:
     def _before_select(self):
         """A nested or foreign turn is about to wait: nothing may wait for the end of ours."""
         self.awake = self.in_pass = self.woken = False
-        self._send_unsent()
+        self.send_what_waits()
 
-    def _send_unsent(self):
+    cdef int send_what_waits(self) except -1:
         """Sends what waits for the end of a callback or of the turn."""
         cdef StreamTransport transport = self.answering
         if transport is not None and transport.send_waits:
             transport.send_waiting()
         if self.unsent:
             self.send_unsent()
+        return 0
+
+    def _before_fork(self):
+        """What the monitor is to send would be sent by both processes."""
+        self.send_what_waits()
+        self.take_back_sends()
+
+    cdef int take_back_sends(self) except -1:
+        for transport in list(self.watched):
+            if (<Transport>transport).sending:
+                (<StreamTransport>transport).send_by_itself()
+        return 0
 
     def _turn(self, int64_t timeout_ns):
         """As FDMon.turn(), of which our own transports and calls have had their part."""
@@ -514,8 +535,8 @@ cdef class LoopCore:
         for i in range(self.turn(timeout_ns, events)):
             fd = events[i].fd
             transport = self.transport_at(fd)
-            if events[i].events == UL_DATA:
-                self.deliver_data(transport, &events[i])
+            if events[i].events & (UL_DATA | UL_SENT):
+                self.deliver_result(transport, &events[i])
             elif transport is not None:
                 transport.notice(events[i].events)
             self.wake_sock_calls(fd, events[i].events)

@@ -9,6 +9,7 @@
 cdef enum:
     CHUNKS_PER_SEND = 64     # of one sendmsg(); more of them take another one
     RELEASE_GIL_MIN = 64 * 1024  # bytes of one send
+    RING_SEND_MAX = 16 * 1024  # what is longer gains nothing from sharing a system call
     SMALL_READS_MIN = 3      # in a row: the monitor receives from then on; twice as many with every change of mind
     SMALL_READS_MAX = 4096
     FULL_BUFFERS = 2         # in a row: it does not any more
@@ -27,6 +28,7 @@ cdef class StreamTransport(Transport):
     cdef bint eof_written, buffered
     cdef bint send_waits        # the chunks wait for the end of the callback or turn, and were not tried yet
     cdef bint keeps_data        # the protocol keeps what it is given: it gets copies of the right size
+    cdef int send_error         # of what the monitor has sent
     cdef int small_reads, small_reads_wanted, full_buffers  # in a row
     cdef object empty_waiter
     cdef PyObject **chunks      # queued bytes objects: chunks[first .. end-1]
@@ -66,10 +68,12 @@ cdef class StreamTransport(Transport):
         return self.begin(fd, waiter)
 
     cdef int handle(self, uint32_t event) except -1:
+        if event == UL_SENT:
+            return self.go_on_by_readiness()
         return self.write_ready() if event == UL_WRITE else self.read_and_answer(event)
 
     cdef object handler(self, uint32_t event):
-        return self._write_ready if event == UL_WRITE else self._read_ready
+        return self._write_ready if event & (UL_WRITE | UL_SENT) else self._read_ready
 
     cdef int read_and_answer(self, uint32_t event) except -1:
         cdef LoopCore loop = self.loop
@@ -242,17 +246,13 @@ cdef class StreamTransport(Transport):
         cdef list received = self.received
         if self.paused or self.closing or not received:
             return 0
-        try:
-            if type(received[0]) is int:
-                size = received.pop(0)
-                self.nothing_read(0 if size == 0 else -1, -<int>size)
-            elif self.buffered:
-                self.read_buffered(False)
-            else:
-                self.hand_over(self.next_received())
-        finally:
-            if self.received and not self.paused and not self.closing:
-                self.push(UL_DATA)
+        if type(received[0]) is int:
+            size = received.pop(0)
+            self.nothing_read(0 if size == 0 else -1, -<int>size)
+        elif self.buffered:
+            self.read_buffered(False)
+        else:
+            self.hand_over(self.next_received())
         if self.full_buffers >= FULL_BUFFERS and self.by_ring and self.interest & UL_READ \
                 and self.loop.receive_mode == RECEIVE_AUTO:
             self.small_reads_wanted = min(2 * self.small_reads_wanted, SMALL_READS_MAX)
@@ -357,7 +357,7 @@ cdef class StreamTransport(Transport):
 
     cdef int send_or_wait(self) except -1:
         """What was queued: wait, try at once, or follow what the kernel has no room for already."""
-        if self.interest & UL_WRITE:
+        if self.interest & UL_WRITE or self.sending:
             self.maybe_pause_protocol()
         elif not self.may_wait(self.buffer_size):
             self.send_waiting()
@@ -395,7 +395,7 @@ cdef class StreamTransport(Transport):
                 self.queue_chunk(PyBytes_FromStringAndSize(<char *>view.buf + sent, view.len - sent))
         finally:
             PyBuffer_Release(&view)
-        if self.send_waits:
+        if self.send_waits or self.sending:
             return self.send_or_wait()
         self.start_writing()
         return self.maybe_pause_protocol()
@@ -403,6 +403,8 @@ cdef class StreamTransport(Transport):
     cdef int send_waiting(self) except -1:
         """The first try for what was queued."""
         self.send_waits = False
+        if self.loop.send_policy == SEND_RING and self.buffer_size <= RING_SEND_MAX and self.send_by_ring():
+            return self.maybe_pause_protocol()
         return self.after_first_try(self.send_chunks())
 
     cdef int after_first_try(self, int err) except -1:
@@ -420,8 +422,62 @@ cdef class StreamTransport(Transport):
             self.maybe_resume_protocol()
         return 0
 
+    # -- sending by the monitor: docs/decisions.md 16 --
+
+    cdef bint send_by_ring(self) except -1:
+        cdef iovec pieces[CHUNKS_PER_SEND]
+        cdef Py_ssize_t total, count = self.gather(pieces, &total)
+        if self.number_is_lost() or ul_fdmon_send(self.loop.monitor, self.fd, pieces, count) < 0:
+            return False
+        self.sending = True
+        if self.write_context is None:
+            self.write_context = self.callback_context()
+        self.hold()
+        return True
+
+    cdef int sent_by_ring(self, int result) except -1:
+        self.sending = False
+        self.send_error = self.take_result(result, -result)
+        self.hold()
+        if self.buffer_size or self.send_error or self.closing or self.eof_written or self.protocol_paused \
+                or self.empty_waiter is not None:
+            return self.push(UL_SENT)
+        self.write_context = None
+        return 0
+
+    cdef int go_on_by_readiness(self) except -1:
+        """After a send that was short, or whose end somebody waits for."""
+        cdef int err = self.send_error
+        self.send_error = 0
+        if self.lost or self.sending:
+            return 0
+        self.after_send(err or self.send_chunks())
+        if self.buffer_size and not self.lost:
+            self.start_writing()
+        return 0
+
+    cdef bint take_back_send(self) except -1:
+        """False: not now, and the kernel goes on to read the chunks. Only a thread with no business here sees that."""
+        cdef int result = ul_fdmon_cancel_send(self.loop.monitor, self.fd)
+        if result == -EBUSY:
+            return False
+        self.sending = False
+        if result != -ENOENT and result != -EBADF:
+            self.take_result(result, -result)
+        return True
+
+    cdef int send_by_itself(self) except -1:
+        """What the monitor was to send."""
+        cdef int result = ul_fdmon_cancel_send(self.loop.monitor, self.fd)
+        self.sent_by_ring(-EAGAIN if result == -ENOENT else result)
+        return self.after_first_try(self.send_chunks()) if self.buffer_size else 0
+
+    # -- after a send --
+
     cdef int write_ready(self) except -1:
-        cdef int err = self.send_chunks()
+        return self.after_send(self.send_chunks())
+
+    cdef int after_send(self, int err) except -1:
         if err:
             exc = os_error(err)
             self._fatal_error(exc, "Fatal write error on socket transport")
@@ -492,6 +548,8 @@ cdef class StreamTransport(Transport):
         return 0
 
     cdef int drop_unsent(self) except -1:
+        if self.sending and not self.take_back_send():
+            return 0
         self.drop_chunks(self.end)
         self.first = self.end = self.offset = self.buffer_size = 0
         self.send_waits = False
@@ -535,8 +593,8 @@ cdef class StreamTransport(Transport):
             self.loop.call_soon_natively(self._call_connection_lost, (None,), self.context)
 
     def _force_close(self, exc):
-        if self.send_waits and not self.lost:  # asyncio has sent it in write()
-            self.send_chunks()
+        if not self.lost and (self.send_waits or self.sending and self.take_back_send()):
+            self.send_chunks()  # asyncio has done that in write()
         Transport._force_close(self, exc)
 
     cdef int callback_failed(self, str message) except -1:

@@ -14,6 +14,7 @@ cdef class Transport(Entry):
     cdef uint32_t interest      # what the monitor watches
     cdef uint32_t noticed       # what it reported and was not handled yet
     cdef bint queued, closing, paused, connected, protocol_paused
+    cdef bint sending           # the monitor sends for it; it reads the chunks until it has reported the end
     cdef bint by_ring           # the monitor receives for it, where it can
     cdef list received          # by the monitor and not handed over yet: bytes, at last 0 for the end or -errno
     cdef bint hidden            # asyncio's sendfile has taken it out of loop._transports for a while
@@ -66,7 +67,7 @@ cdef class Transport(Entry):
     @cython.final
     cdef int watch(self, uint32_t interest) except -1:
         cdef uint32_t before = self.interest
-        self.noticed &= interest | UL_DATA
+        self.noticed &= interest | UL_DATA | UL_SENT
         if interest == before:
             return 0
         self.interest = interest
@@ -76,7 +77,12 @@ cdef class Transport(Entry):
             except BaseException:
                 self.interest = before
                 raise
-        if interest:
+        return self.hold()
+
+    @cython.final
+    cdef int hold(self) except -1:
+        """It lives as long as the monitor works for it."""
+        if self.interest or self.sending:
             self.loop.watched.add(self)
         else:
             self.loop.watched.discard(self)
@@ -122,7 +128,14 @@ cdef class Transport(Entry):
         self.queued = False
         if self.noticed & UL_DATA:
             self.noticed &= ~(UL_DATA | UL_READ)  # one callback a pass: readiness will be reported again
-            self.run_in(self.read_context, UL_DATA)
+            try:
+                self.run_in(self.read_context, UL_DATA)
+            finally:
+                if self.received and not self.paused and not self.closing:
+                    self.push(UL_DATA)
+        if self.noticed & UL_SENT:
+            self.noticed &= ~UL_SENT
+            self.run_in(self.callback_context() if self.write_context is None else self.write_context, UL_SENT)
         if self.noticed & UL_READ:
             self.noticed &= ~UL_READ
             self.run_in(self.read_context, UL_READ)
