@@ -53,14 +53,15 @@ def product(modes: Sequence[str], sizes: Sequence[int], connections: Sequence[in
 
 # The cells that the targets are set for, see targets.py.
 ECHO_TARGETS = product(("raw", "buffered", "streams"), (1, 10, 100), (1, 10, 100, 1000))
+SOCK_TARGETS = product(("sock",), (1, 10, 100), (10, 100, 1000))
 
 # A turn of a thousand connections is the longest; large messages make the longest system calls.
 GIL_LOADS = (Cell("raw", KIB, 100), Cell("raw", KIB, 1000), Cell("raw", 100 * KIB, 100))
 
 
 def full() -> list[Cell]:
-    cells = ECHO_TARGETS + product(("sock",), (1, 100), (10, 100))
-    cells += product(("tls",), (1, 100), (10, 100)) + product(("udp",), (1,), (10, 100))
+    cells = ECHO_TARGETS + SOCK_TARGETS
+    cells += product(("tls",), (1, 100), (10, 100)) + product(("udp",), (1,), (10, 50, 100))
     cells += [Cell("udp", 10 * KIB, 10), Cell("churn", KIB, 10), Cell("churn", KIB, 100)]
     # A response has the size of the application's body; the size of the cell is not used.
     return cells + [Cell(mode, 0, HTTP_CONNECTIONS) for mode in HTTP_MODES]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cells import ECHO_TARGETS, GIL_LOADS, TITLES
+from benchmarks.cells import ECHO_TARGETS, GIL_LOADS, SOCK_TARGETS, TITLES
 from benchmarks.figures import Figures, Ratio, Results, geometric_mean, micro_ratio
 from benchmarks.loops import BASE, OURS, RIVAL, RIVAL_AGAIN
 
@@ -24,6 +24,9 @@ COUNT = "{:,.0f}".format
 # Title, cells, floor, the loop to compare with.
 CELL_ROWS: list[tuple[str, list[str], float | None, str]] = [
     ("Echo, Protocol 1 KiB", [f"raw/1KiB/{n}" for n in (10, 100, 1000)], 1.15, RIVAL),
+    ("Echo, streams 1 KiB", [f"streams/1KiB/{n}" for n in (10, 100, 1000)], 1.3, RIVAL),
+    ("Echo, sock_*", [cell.name for cell in SOCK_TARGETS], 1.3, RIVAL),
+    ("UDP echo 1 KiB x 50", ["udp/1KiB/50"], 1.2, RIVAL),
     (TITLES["uvicorn-httptools"], ["uvicorn-httptools/0KiB/50"], 1.5, RIVAL),
     (TITLES["uvicorn-h11"], ["uvicorn-h11/0KiB/50"], 1.3, RIVAL),
     (TITLES["aiohttp"], ["aiohttp/0KiB/50"], 1.5, RIVAL),
