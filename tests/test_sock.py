@@ -395,6 +395,7 @@ def keep_what_comes(name: str, size_bytes: int, count: int) -> int:
         return go(loop, main(), limit=30)
 
 
+@pytest.mark.skipif("URINGLOOP_TEST_SANITIZED" in os.environ, reason="the heap is the sanitizer's")
 @pytest.mark.parametrize(("size_bytes", "count"), [(100, 5000), (5000, 4000), (70_000, 400)])
 def test_a_result_that_is_kept_takes_the_memory_of_its_size(
     monitor: str, size_bytes: int, count: int

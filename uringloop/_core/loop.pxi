@@ -630,6 +630,10 @@ cdef class LoopCore:
             raise self.fdmon.error(result)
         return 0
 
+    cdef bint monitor_is_open(self) except -1:
+        """Else its memory may be gone: the collector ends a closed loop, its monitor and transports in any order."""
+        return self.monitor != NULL and not self.fdmon.closed
+
     cdef uint32_t wanted_by_keys(self, int fd) except? 0xffff:
         key = self.keys.get(fd) if self.keys else None
         return 0 if key is None else key[2]

@@ -135,7 +135,7 @@ cdef class StreamTransport(Transport):
         memory.give_back(buffer)
         self.hand_over(data)
         if self.small_reads >= self.small_reads_wanted and loop.receive_mode == RECEIVE_AUTO \
-                and self.interest & UL_READ and not self.buffered:
+                and self.interest & UL_READ and not self.buffered and not self.by_ring:
             self.receive_by_ring(True)
         return 0
 
@@ -458,7 +458,7 @@ cdef class StreamTransport(Transport):
 
     cdef bint take_back_send(self) except -1:
         """False: not now, and the kernel goes on to read the chunks. Only a thread with no business here sees that."""
-        cdef int result = ul_fdmon_cancel_send(self.loop.monitor, self.fd)
+        cdef int result = ul_fdmon_cancel_send(self.loop.monitor, self.fd) if self.loop.monitor_is_open() else -EBADF
         if result == -EBUSY:
             return False
         self.sending = False

@@ -303,7 +303,8 @@ cdef class Transport(Entry):
         self.closing, self.lost = True, max(self.lost, 1)
         self.drop_unsent()
         self.watch(0)
-        if loop.receive_mode and loop.transport_at(fd) is self:
+        self.noticed = 0
+        if loop.receive_mode and loop.monitor_is_open() and loop.transport_at(fd) is self:
             ul_fdmon_forget(loop.monitor, fd)
         loop.leave_transport(self)
         self.fd = -1
