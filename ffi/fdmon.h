@@ -2,8 +2,8 @@
  * The fd monitor: which file descriptors are ready? After QEMU's FDMonOps.
  *
  * Why it exists: one seam, three ways to wait (io_uring, epoll, poll), so that a loop keeps its behaviour where io_uring is
- * denied and even when it is taken away at run time. Promise: readiness is level-triggered on all three, a watch that was
- * removed is never reported again, and a watch that was not removed is never lost.
+ * denied and even when it is taken away at run time. Promise: readiness is level-triggered on all three, that of a watch
+ * that was removed is never reported, and a watch that was not removed is never lost.
  *
  * Words: a watch is a registered interest in a descriptor; a turn is collect (wait) then hand over (dispatch).
  * Collecting and running are kept apart: nothing here calls back into the user.
@@ -82,8 +82,9 @@ void ul_ring_free(ul_ring *ring);
 void ul_fdmon_after_fork_in_child(ul_fdmon *mon);
 
 /* Watches fd for events (UL_READ | UL_WRITE); replaces what was watched before; 0 removes the watch. No io_uring_enter but
- * for the removal of an armed watch, which returns when the kernel holds the file no more (from a foreign thread beside a
- * wait: when that wait ends). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never fails.
+ * for the removal of an armed watch, or of UL_RECV, which returns when the kernel holds the file no more (from a foreign
+ * thread beside a wait: when that wait ends). Errors are epoll_ctl's; -ENOMEM. A failed call changes nothing. Removing never
+ * fails.
  * | UL_ONCE: the watch is removed when it is reported, without a call; the kernel does not hold the file then.
  * UL_READ | UL_RECV, | UL_WRITE or not: where the monitor can, bytes are received and reported as UL_DATA, else readiness is;
  * which one may change from one event to the next. After a UL_DATA without bytes nothing more is received before a call

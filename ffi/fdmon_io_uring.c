@@ -15,7 +15,7 @@
  *   test_a_reader_that_takes_one_byte_is_reported_for_every_byte.
  * - A pending poll holds the open file, not the number. After close() the peer would see no end of file and a listening socket
  *   would go on accepting. So removing an armed watch enters at once and returns when the poll's own cqe is there. A watch
- *   that has just fired is not armed: closing a connection from its own callback costs nothing. Tests:
+ *   that has just fired is not armed: closing a connection from its own callback costs nothing. A receive is always armed. Tests:
  *   test_peer_sees_end_of_file_after_remove_reader_and_close.
  * - The poll outlives the number, so user_data is {generation, index} and never the fd. A request is free only after its cqe.
  * - POLLRDHUP completes every poll, asked for or not. To a writer whose peer has ended its side that is a poll that fires for
@@ -202,7 +202,7 @@ static void polled(ul_fdmon *mon, int fd, uint8_t polled_for, const struct ul_cq
         watch->edge = !asked_for;
     if (asked_for && watch->events & UL_ONCE)
         leave_to_report(mon, watch);
-    else if (asked_for || !(cqe->flags & UL_CQE_F_MORE))
+    else if (asked_for || hung_up || !(cqe->flags & UL_CQE_F_MORE))
         ul_want_armed(mon, fd);
 }
 

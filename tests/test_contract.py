@@ -614,14 +614,14 @@ def product_files() -> list[Path]:
 
 
 @in_checkout
-def test_the_c_core_fits_2550_lines_the_hot_path_3200_and_everything_7800() -> None:
+def test_the_c_core_fits_2550_lines_the_hot_path_3300_and_everything_7900() -> None:
     c_core = [path for path in product_files() if path.parent == FFI]
     hot_path = [path for path in product_files() if path.parent.name == "_core"]
     assert len(c_core) >= 8
     assert len(hot_path) >= 8
     assert lines(*c_core) <= 2550
-    assert lines(*hot_path) <= 3200
-    assert lines(*product_files()) <= 7800
+    assert lines(*hot_path) <= 3300
+    assert lines(*product_files()) <= 7900
 
 
 @in_checkout

@@ -676,6 +676,16 @@ def test_random_weather_does_no_harm_in_debug_mode(any_loop: AnyLoop, seed: int)
     run_weather(any_loop, seed, connections=12)
 
 
+def test_lines_written_while_no_loop_runs_leave_at_once(sending_loop: AnyLoop) -> None:
+    near, far = socket.socketpair()
+    with far:
+        made = run(sending_loop, sending_loop.create_connection(Peer, sock=near))
+        made[0].writelines([b"at", b" once"])
+        assert far.recv(100) == b"at once"
+        made[0].abort()
+        run(sending_loop, turns())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_much_random_weather_does_no_harm(sending_loop: AnyLoop, seed: int) -> None:

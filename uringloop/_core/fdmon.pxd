@@ -26,8 +26,6 @@ cdef extern from "fdmon.h" nogil:
     uint64_t UL_FDMON_LAYOUT
     int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events)
     int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
-    int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max)
     int ul_fdmon_send(ul_fdmon *mon, int fd, const void *pieces, int count)  # of struct iovec
     int ul_fdmon_cancel_send(ul_fdmon *mon, int fd)
     int ul_fdmon_forget(ul_fdmon *mon, int fd)
-    void ul_fdmon_use_streams(ul_fdmon *mon, bint use)

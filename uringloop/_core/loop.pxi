@@ -126,6 +126,8 @@ cdef class LoopCore:
         self.thread_id = thread_id
         if thread_id is not None:
             self.examine_building_blocks()
+        elif self.send_policy == SEND_RING:  # no turn follows, with which they would leave
+            self.take_back_sends()
 
     def __setattr__(self, name, value):
         PyObject_GenericSetAttr(self, name, <PyObject *>value)
@@ -284,16 +286,12 @@ cdef class LoopCore:
         self.poll(self.timeout_ns())
         self.collect_due_timers()
         self.awake = self.in_pass = True
-        cdef bint goes_on = False
         try:
             self.run_ready()
-            goes_on = not self._stopping
         finally:
             self.awake = self.in_pass = False
             if self.unsent:
                 self.send_unsent()
-            if self.send_policy == SEND_RING and not goes_on:  # no turn follows, with which they would leave
-                self.take_back_sends()
 
     cdef int sweep_timers(self) except -1:
         """Drops cancelled timers: from the top, and from everywhere when half of them are, as asyncio does."""
@@ -327,10 +325,17 @@ cdef class LoopCore:
         return <int64_t>ceil((timeout_s if timeout_s < SELECT_TIMEOUT_MAX_S else SELECT_TIMEOUT_MAX_S) * 1e9)
 
     cdef int poll(self, int64_t timeout_ns) except -1:
+        """What is said once comes before readiness, whose delivery may fail, and before Python code."""
         cdef ul_event events[EVENTS_PER_TURN]
-        cdef int i
-        for i in range(self.turn(timeout_ns, events)):
-            self.deliver(&events[i])
+        cdef int result = self.turn(timeout_ns, events), n = result & ~UL_DOWNGRADED, i
+        for i in range(n):
+            if events[i].events & (UL_DATA | UL_SENT):
+                self.deliver_result(&events[i])
+        for i in range(n):
+            if not events[i].events & (UL_DATA | UL_SENT):
+                self.deliver(events[i].fd, events[i].events)
+        if result & UL_DOWNGRADED:
+            self.fdmon.log_downgrade()
         return 0
 
     cdef int turn(self, int64_t timeout_ns, ul_event *events) except -1:
@@ -345,9 +350,6 @@ cdef class LoopCore:
         self.share_gil()
         if n < 0:
             raise self.fdmon.error(n)
-        if n & UL_DOWNGRADED:
-            self.fdmon.log_downgrade()
-            n &= ~UL_DOWNGRADED
         return n
 
     cdef int share_gil(self) except -1:
@@ -364,12 +366,8 @@ cdef class LoopCore:
             self.shares_gil = PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get())) != NULL
         return 0
 
-    cdef int deliver(self, const ul_event *event) except -1:
-        cdef int fd = event.fd
-        cdef uint32_t events = event.events
+    cdef int deliver(self, int fd, uint32_t events) except -1:
         cdef Transport transport = self.transport_at(fd)
-        if events & (UL_DATA | UL_SENT):
-            return self.deliver_result(transport, event)
         if transport is not None and transport.interest & events:
             transport.notice(events)
             if not self.keys:
@@ -393,8 +391,9 @@ cdef class LoopCore:
                 self.ready.push(writer)
         return 0
 
-    cdef int deliver_result(self, Transport transport, const ul_event *event) except -1:
+    cdef int deliver_result(self, const ul_event *event) except -1:
         """What the monitor received leaves its buffer here: the next turn fills it again."""
+        cdef Transport transport = self.transport_at(event.fd)
         if not isinstance(transport, StreamTransport):
             return 0
         if event.events == UL_DATA:
@@ -531,16 +530,19 @@ cdef class LoopCore:
         cdef ul_event events[EVENTS_PER_TURN]
         cdef Transport transport
         cdef list ready = []
-        cdef int fd, i
-        for i in range(self.turn(timeout_ns, events)):
+        cdef int result = self.turn(timeout_ns, events), n = result & ~UL_DOWNGRADED, fd, i
+        for i in range(n):
+            if events[i].events & (UL_DATA | UL_SENT):
+                self.deliver_result(&events[i])
+        for i in range(n):
             fd = events[i].fd
             transport = self.transport_at(fd)
-            if events[i].events & (UL_DATA | UL_SENT):
-                self.deliver_result(transport, &events[i])
-            elif transport is not None:
+            if transport is not None:
                 transport.notice(events[i].events)
             self.wake_sock_calls(fd, events[i].events)
             ready.append((fd, events[i].events))
+        if result & UL_DOWNGRADED:
+            self.fdmon.log_downgrade()
         return ready
 
     # -- sock_recv() and its kin: see sock.pxi --
@@ -733,6 +735,7 @@ cdef class LoopCore:
             self.transports, self.transports_size = grown, size
         elif self.transports[fd] != NULL:  # its socket was closed behind its back, and the number is used again
             ul_fdmon_forget(self.monitor, fd)
+            (<Transport>self.transports[fd]).sending = False
         self.sock_readers.pop(fd, None)  # who takes a socket over takes the place of calls that wait on it
         self.sock_writers.pop(fd, None)
         self.transports[fd] = <PyObject *>transport

@@ -226,6 +226,8 @@ cdef class StreamTransport(Transport):
         cdef int result = -EBADF if self.number_is_lost() else size
         if self.closing or self.received and type(self.received[len(self.received) - 1]) is int:
             return 0
+        if not self.paused and not self.interest & UL_READ:  # the end was handed over: this is it again
+            return 0
         if self.received is None:
             self.received = []
         if result > 0:
@@ -403,7 +405,8 @@ cdef class StreamTransport(Transport):
     cdef int send_waiting(self) except -1:
         """The first try for what was queued."""
         self.send_waits = False
-        if self.loop.send_policy == SEND_RING and self.buffer_size <= RING_SEND_MAX and self.send_by_ring():
+        if self.loop.send_policy == SEND_RING and self.loop.thread_id is not None \
+                and self.buffer_size <= RING_SEND_MAX and self.send_by_ring():
             return self.maybe_pause_protocol()
         return self.after_first_try(self.send_chunks())
 
@@ -436,6 +439,8 @@ cdef class StreamTransport(Transport):
         return True
 
     cdef int sent_by_ring(self, int result) except -1:
+        if not self.sending:
+            return 0
         self.sending = False
         self.send_error = self.take_result(result, -result)
         self.hold()
@@ -449,10 +454,10 @@ cdef class StreamTransport(Transport):
         """After a send that was short, or whose end somebody waits for."""
         cdef int err = self.send_error
         self.send_error = 0
-        if self.lost or self.sending:
+        if self.lost or self.sending and not err:
             return 0
         self.after_send(err or self.send_chunks())
-        if self.buffer_size and not self.lost:
+        if self.buffer_size and not (self.lost or self.sending or self.send_waits):  # else it goes on in another way
             self.start_writing()
         return 0
 
@@ -462,6 +467,7 @@ cdef class StreamTransport(Transport):
         if result == -EBUSY:
             return False
         self.sending = False
+        self.hold()
         if result != -ENOENT and result != -EBADF:
             self.take_result(result, -result)
         return True
@@ -470,7 +476,7 @@ cdef class StreamTransport(Transport):
         """What the monitor was to send."""
         cdef int result = ul_fdmon_cancel_send(self.loop.monitor, self.fd)
         self.sent_by_ring(-EAGAIN if result == -ENOENT else result)
-        return self.after_first_try(self.send_chunks()) if self.buffer_size else 0
+        return self.after_first_try(self.send_chunks()) if self.buffer_size and not self.send_error else 0
 
     # -- after a send --
 
@@ -548,11 +554,11 @@ cdef class StreamTransport(Transport):
         return 0
 
     cdef int drop_unsent(self) except -1:
+        self.send_waits = False
         if self.sending and not self.take_back_send():
             return 0
         self.drop_chunks(self.end)
         self.first = self.end = self.offset = self.buffer_size = 0
-        self.send_waits = False
         return 0
 
     def set_write_buffer_limits(self, high=None, low=None):

@@ -130,12 +130,21 @@ cdef class Transport(Entry):
             self.noticed &= ~(UL_DATA | UL_READ)  # one callback a pass: readiness will be reported again
             try:
                 self.run_in(self.read_context, UL_DATA)
+            except BaseException:
+                if self.noticed & UL_SENT:  # it is said once
+                    self.push(UL_SENT)
+                raise
             finally:
                 if self.received and not self.paused and not self.closing:
                     self.push(UL_DATA)
         if self.noticed & UL_SENT:
             self.noticed &= ~UL_SENT
-            self.run_in(self.callback_context() if self.write_context is None else self.write_context, UL_SENT)
+            try:
+                self.run_in(self.callback_context() if self.write_context is None else self.write_context, UL_SENT)
+            except BaseException:
+                if self.loop is not None:
+                    self.push(UL_SENT)
+                raise
         if self.noticed & UL_READ:
             self.noticed &= ~UL_READ
             self.run_in(self.read_context, UL_READ)
@@ -303,7 +312,7 @@ cdef class Transport(Entry):
         self.closing, self.lost = True, max(self.lost, 1)
         self.drop_unsent()
         self.watch(0)
-        self.noticed = 0
+        self.noticed, self.received = 0, None
         if loop.receive_mode and loop.monitor_is_open() and loop.transport_at(fd) is self:
             ul_fdmon_forget(loop.monitor, fd)
         loop.leave_transport(self)
