@@ -16,7 +16,8 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_INCREF, Py_DECREF
-from libc.errno cimport EAGAIN, EBADF, EBUSY, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOENT, ENOMEM, errno
+from libc.errno cimport EAGAIN, EBADF, EBUSY, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOENT, ENOMEM, ENOTCONN
+from libc.errno cimport errno
 from libc.math cimport INFINITY, ceil, nextafter
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, realloc

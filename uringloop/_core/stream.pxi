@@ -456,7 +456,12 @@ cdef class StreamTransport(Transport):
         self.send_error = 0
         if self.lost or self.sending and not err:
             return 0
-        self.after_send(err or self.send_chunks())
+        try:
+            self.after_send(err or self.send_chunks())
+        except OSError as exc:
+            # Of shutdown(), which asyncio has called a turn earlier: the peer is gone, and the next read says so.
+            if exc.errno != ENOTCONN or self.lost:
+                raise
         if self.buffer_size and not (self.lost or self.sending or self.send_waits):  # else it goes on in another way
             self.start_writing()
         return 0
