@@ -32,7 +32,7 @@ cdef extern from *:
     /* For an except clause around a call that has failed already: -1 with the error set. */
     static inline int ul_raise_again(void) { return -1; }
 
-    struct ul_socket_object { PyObject_HEAD int sock_fd; };
+    struct ul_socket_object { PyObject_HEAD int sock_fd, sock_family, sock_type; };
 
     /* Cython makes an empty dict for each; while there is none, the interpreter specialises o.method(). */
     static inline void ul_drop_dict(PyObject *o) {
@@ -62,7 +62,7 @@ cdef extern from *:
     PyObject **UL_TUPLE_ITEMS(object tuple)
     int ul_raise_again() except -1
     ctypedef struct SocketObject "struct ul_socket_object":
-        int sock_fd
+        int sock_fd, sock_family, sock_type
     void set_errno "ul_set_errno" (int err) noexcept
     void ul_drop_dict(object o) noexcept
     bint ul_is_ours(PyObject *o)

@@ -325,13 +325,9 @@ cdef class LoopCore:
         return <int64_t>ceil((timeout_s if timeout_s < SELECT_TIMEOUT_MAX_S else SELECT_TIMEOUT_MAX_S) * 1e9)
 
     cdef int poll(self, int64_t timeout_ns) except -1:
-        """What is said once comes before readiness, whose delivery may fail, and before Python code."""
         cdef ul_event events[EVENTS_PER_TURN]
-        cdef int result = self.turn(timeout_ns, events), n = result & ~UL_DOWNGRADED, i
-        for i in range(n):
-            if events[i].events & (UL_DATA | UL_SENT):
-                self.deliver_result(&events[i])
-        for i in range(n):
+        cdef int result = self.turn(timeout_ns, events), i
+        for i in range(result & ~UL_DOWNGRADED):
             if not events[i].events & (UL_DATA | UL_SENT):
                 self.deliver(events[i].fd, events[i].events)
         if result & UL_DOWNGRADED:
@@ -339,8 +335,9 @@ cdef class LoopCore:
         return 0
 
     cdef int turn(self, int64_t timeout_ns, ul_event *events) except -1:
-        """One turn of the monitor. The GIL is kept when that cannot block: letting it go costs more than asking."""
-        cdef int n
+        """One turn of the monitor. The GIL is kept when that cannot block: letting it go costs more than asking.
+        What is said once is delivered here, before readiness, whose delivery may fail, and before Python code."""
+        cdef int n, i
         self.woken = False
         if timeout_ns == 0 and not self.shares_gil:
             n = ul_fdmon_turn(self.monitor, 0, events, EVENTS_PER_TURN)
@@ -350,6 +347,9 @@ cdef class LoopCore:
         self.share_gil()
         if n < 0:
             raise self.fdmon.error(n)
+        for i in range(n & ~UL_DOWNGRADED):
+            if events[i].events & (UL_DATA | UL_SENT):
+                self.deliver_result(&events[i])
         return n
 
     cdef int share_gil(self) except -1:
@@ -530,11 +530,8 @@ cdef class LoopCore:
         cdef ul_event events[EVENTS_PER_TURN]
         cdef Transport transport
         cdef list ready = []
-        cdef int result = self.turn(timeout_ns, events), n = result & ~UL_DOWNGRADED, fd, i
-        for i in range(n):
-            if events[i].events & (UL_DATA | UL_SENT):
-                self.deliver_result(&events[i])
-        for i in range(n):
+        cdef int result = self.turn(timeout_ns, events), fd, i
+        for i in range(result & ~UL_DOWNGRADED):
             fd = events[i].fd
             transport = self.transport_at(fd)
             if transport is not None:

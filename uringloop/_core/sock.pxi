@@ -4,17 +4,10 @@
 # tries, and how, stands in loop.pxi; who tries again is a coroutine in loop.py. So a call that is cancelled while it
 # waits has consumed no byte.
 
-cdef extern from *:
-    """
-    struct ul_plain_socket { PyObject_HEAD int sock_fd, sock_family, sock_type; };
-    """
-    ctypedef struct PlainSocket "struct ul_plain_socket":
-        int sock_fd, sock_family, sock_type
-
 cdef bint is_laid_out_as_expected():
     """CPython's socket object begins with these three; whether it still does is looked at once."""
     with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_DGRAM) as sock:
-        plain = <PlainSocket *>sock
+        plain = <SocketObject *>sock
         return (
             plain.sock_fd == sock.fileno()
             and plain.sock_family == socket_module.AF_UNIX
@@ -25,14 +18,14 @@ cdef bint is_laid_out_as_expected():
 cdef bint socket_is_known = is_laid_out_as_expected()
 
 
-cdef PlainSocket *plain_socket(LoopCore loop, sock) except? NULL:
+cdef SocketObject *plain_socket(LoopCore loop, sock) except? NULL:
     """A socket whose methods nobody has replaced; NULL without an exception for any other object."""
     cdef bint plain = type(sock) is socket_module.socket
     if not plain:
         base_events._check_ssl_socket(sock)
     if loop._debug and sock.gettimeout() != 0:
         raise ValueError("the socket must be non-blocking")
-    return <PlainSocket *>sock if plain and socket_is_known else NULL
+    return <SocketObject *>sock if plain and socket_is_known else NULL
 
 
 cdef object by_method(method, tuple arguments):
@@ -49,7 +42,7 @@ cdef object nothing_done(int err):
 
 
 cdef object recv_now(LoopCore loop, sock, size):
-    cdef PlainSocket *plain = plain_socket(loop, sock)
+    cdef SocketObject *plain = plain_socket(loop, sock)
     cdef ReadMemory memory = loop.memory
     cdef Py_ssize_t wanted = size
     # A datagram must fit, whatever its length; a stream may be read in pieces.
@@ -72,7 +65,7 @@ cdef object recv_now(LoopCore loop, sock, size):
 
 
 cdef object recv_into_now(LoopCore loop, sock, buffer):
-    cdef PlainSocket *plain = plain_socket(loop, sock)
+    cdef SocketObject *plain = plain_socket(loop, sock)
     cdef Py_buffer view
     cdef ssize_t got
     if plain == NULL:
@@ -89,7 +82,7 @@ cdef object recv_into_now(LoopCore loop, sock, buffer):
 
 cdef object send_now(LoopCore loop, sock, data, Py_ssize_t start):
     """What is sent now, beginning with byte `start`: how many bytes, or None."""
-    cdef PlainSocket *plain = plain_socket(loop, sock)
+    cdef SocketObject *plain = plain_socket(loop, sock)
     cdef Py_buffer view
     cdef ssize_t sent
     if plain == NULL:
