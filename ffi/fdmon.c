@@ -424,7 +424,7 @@ int ul_fdmon_send(ul_fdmon *mon, int fd, const struct iovec *pieces, int count) 
         return -EINVAL;
     pthread_mutex_lock(&mon->lock);
     int ret = mon->closed ? -EBADF : -EOPNOTSUPP;
-    if (!mon->closed && mon->ops->streams && !mon->streams_off)
+    if (!mon->closed && mon->ops->streams)
         ret = queue_send(mon, fd, pieces, count);
     pthread_mutex_unlock(&mon->lock);
     return ret;
@@ -470,16 +470,6 @@ int ul_fdmon_forget(ul_fdmon *mon, int fd) {
     int ret = !mon->closed && fd >= 0 && (size_t)fd < mon->watches_cap ? forget(mon, fd) : 0;
     pthread_mutex_unlock(&mon->lock);
     return ret;
-}
-
-void ul_fdmon_use_streams(ul_fdmon *mon, bool use) {
-    pthread_mutex_lock(&mon->lock);
-    mon->streams_off = !use;
-    for (size_t fd = 0; mon->ops->streams && fd < mon->watches_cap; fd++)
-        if (mon->watches[fd].events & UL_RECV)
-            ul_want_armed(mon, (int)fd);
-    ul_fdmon_want_turn(mon);
-    pthread_mutex_unlock(&mon->lock);
 }
 
 static int wait_or_downgrade(ul_fdmon *mon, int64_t timeout_ns) {

@@ -128,9 +128,6 @@ int ul_fdmon_cancel_send(ul_fdmon *mon, int fd);
  * -EBUSY and nothing done while another thread is waiting on this monitor and the kernel has a send of fd. */
 int ul_fdmon_forget(ul_fdmon *mon, int fd);
 
-/* false: UL_RECV means UL_READ and ul_fdmon_send() answers -EOPNOTSUPP, whatever the monitor. It is true at first. */
-void ul_fdmon_use_streams(ul_fdmon *mon, bool use);
-
 /* One registration, at watches[fd]. */
 typedef struct ul_watch {
     uint8_t events;       /* UL_READ | UL_WRITE, | UL_ONCE or | UL_RECV; 0 = no watch */
@@ -230,7 +227,6 @@ struct ul_fdmon {
     size_t ready_live;  /* without the readiness of watches that were removed or changed since */
 
     ul_buffers *buffers; /* NULL before the first UL_RECV on io_uring; outlives the ring, since data waits in it */
-    bool streams_off;    /* ul_fdmon_use_streams(mon, false) */
     bool no_receive;     /* refused by the kernel, for good */
     ul_send *sends_free;
     size_t sends_made; /* records: those, and the ones of watches */
@@ -276,7 +272,7 @@ void ul_fdmon_collect_sent(ul_fdmon *mon, int fd, int32_t result);
 
 /* The readiness to wait for: without UL_READ where a receive looks after it. */
 static inline uint32_t ul_polled_events(const ul_fdmon *mon, const ul_watch *watch) {
-    bool receiving = mon->ring && mon->ring->buffer_ring && !mon->streams_off && !watch->no_receive;
+    bool receiving = mon->ring && mon->ring->buffer_ring && !mon->no_receive && !watch->no_receive;
     return watch->events & (watch->events & UL_RECV && (receiving || watch->ended) ? UL_WRITE : UL_READ | UL_WRITE);
 }
 

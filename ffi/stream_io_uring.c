@@ -122,7 +122,7 @@ static int register_buffers(ul_fdmon *mon) {
 
 /* Finds out, for the first watch that wants to receive, whether the kernel does so. */
 static int prepare(ul_fdmon *mon) {
-    if (mon->ring->buffer_ring || mon->streams_off || mon->no_receive)
+    if (mon->ring->buffer_ring || mon->no_receive)
         return 0;
     int err = register_buffers(mon);
     if (err == -EEXIST) /* the ring belongs to another thread */

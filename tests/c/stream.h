@@ -10,6 +10,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 
+#include "fdmon_io_uring.h"
 #include "support.h"
 
 enum { FDS_MAX = 4096, CHUNK_MAX = 65536 };
@@ -48,6 +49,16 @@ static inline struct pair open_tcp_stream(void) {
     intakes[pair.ours] = intakes[pair.peer] = (struct intake){0};
     fed[pair.ours] = fed[pair.peer] = 0;
     return pair;
+}
+
+/* As if the kernel refused to receive from now on, or did so again. */
+static inline void let_it_receive(ul_fdmon *mon, bool does) {
+    pthread_mutex_lock(&mon->lock);
+    mon->no_receive = !does;
+    for (size_t fd = 0; mon->ops->streams && fd < mon->watches_cap; fd++)
+        if (mon->watches[fd].events & UL_RECV)
+            ul_want_armed(mon, (int)fd);
+    pthread_mutex_unlock(&mon->lock);
 }
 
 /* Writes the next bytes of fd's stream; returns how many went. */

@@ -165,7 +165,7 @@ static void step(void) {
     else if (what < 97)
         dispatch_all();
     else if (what < 98)
-        ul_fdmon_use_streams(mon, chance(80));
+        let_it_receive(mon, chance(80));
     else if (what < 99)
         replace(c);
     else if (chance(50))

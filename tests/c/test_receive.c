@@ -242,7 +242,7 @@ static void data_comes_before_the_readiness_that_takes_its_place(enum ul_kind ki
         if (way == 0)
             CHECK(ul_fdmon_update(mon, pair.ours, UL_READ) == 0);
         else
-            ul_fdmon_use_streams(mon, false);
+            let_it_receive(mon, false);
         feed(pair.peer, 10000);
         check_complete(mon, pair); /* take_event() reads as soon as it is told to */
         CHECK(intakes[pair.ours].data_events > 1 && intakes[pair.ours].read_events > 0);
@@ -272,11 +272,11 @@ static void readiness_that_was_collected_before_data_does_not_come_before_it(enu
 static void readiness_that_was_collected_is_data_once_a_receive_is_armed(enum ul_kind kind) {
     ul_fdmon *mon = open_monitor(kind);
     struct pair pair = open_stream();
-    ul_fdmon_use_streams(mon, false);
+    let_it_receive(mon, false);
     CHECK(receive(mon, pair.ours) == 0);
     feed(pair.peer, 100);
     CHECK(ul_fdmon_turn(mon, 0, NULL, 0) == 0 && mon->ready_live == 1);
-    ul_fdmon_use_streams(mon, true);
+    let_it_receive(mon, true);
     check_complete(mon, pair);
     CHECK(intakes[pair.ours].read_events == 0);
     close_monitor(mon);
@@ -293,7 +293,7 @@ static void a_poll_for_reading_waits_until_the_receive_has_ended(enum ul_kind ki
     for (int i = 0; i < MANY; i++)
         feed(pairs[i].peer, 100);
     uint64_t sqes = statistics_of(mon).sqes;
-    ul_fdmon_use_streams(mon, false);
+    let_it_receive(mon, false);
     gather(mon, 0, 64);
     CHECK(statistics_of(mon).sqes ==
           sqes + 2 * MANY); /* the cancellations of receives and of polls for the end, nothing else */
@@ -314,13 +314,13 @@ static void streams_can_be_switched_off_and_on_while_data_flows(enum ul_kind kin
         for (int i = 0; i < MANY; i++)
             feed(pairs[i].peer, 3000);
         if (round % 4 == 1)
-            ul_fdmon_use_streams(mon, round % 8 == 1 ? false : true);
+            let_it_receive(mon, round % 8 == 1 ? false : true);
         gather(mon, 0, round % 3 ? 64 : 2);
     }
     for (int i = 0; i < MANY; i++)
         check_complete(mon, pairs[i]);
     CHECK(intakes[pairs[0].ours].data_events > 0 && intakes[pairs[0].ours].read_events > 0);
-    ul_fdmon_use_streams(mon, false);
+    let_it_receive(mon, false);
     gather(mon, 0, 64);
     int data_events = intakes[pairs[0].ours].data_events;
     feed(pairs[0].peer, 3000);

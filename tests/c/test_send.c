@@ -171,19 +171,16 @@ static void a_send_to_a_peer_that_is_gone_is_an_error_and_no_signal(enum ul_kind
 static void where_it_cannot_be_sent_the_caller_is_told(enum ul_kind kind) {
     ul_fdmon *mon = open_monitor(kind);
     struct pair pair = open_stream();
-    if (kind == UL_IO_URING)
-        ul_fdmon_use_streams(mon, false);
-    CHECK(send_bytes(mon, pair.ours, 0, 10) == -EOPNOTSUPP);
+    if (kind != UL_IO_URING)
+        CHECK(send_bytes(mon, pair.ours, 0, 10) == -EOPNOTSUPP);
     CHECK(ul_fdmon_cancel_send(mon, pair.ours) == -ENOENT);
     CHECK(ul_fdmon_forget(mon, pair.ours) == 0);
-    ul_fdmon_use_streams(mon, true);
     CHECK(send_bytes(mon, pair.ours, 0, 10) == (kind == UL_IO_URING ? 0 : -EOPNOTSUPP));
     ul_ring *spare;
     CHECK(ul_fdmon_close(mon, &spare) == 0);
     CHECK(send_bytes(mon, pair.ours, 0, 10) == -EBADF);
     CHECK(ul_fdmon_cancel_send(mon, pair.ours) == -EBADF);
     CHECK(ul_fdmon_forget(mon, pair.ours) == 0);
-    ul_fdmon_use_streams(mon, false);
     ul_fdmon_free(mon);
     ul_ring_free(spare);
     close_pair(pair);
