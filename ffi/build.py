@@ -19,6 +19,7 @@ FILES = (
     "stream_io_uring.c",
     "fdmon_epoll.c",
     "fdmon_poll.c",
+    "hosting.c",
 )
 
 #: For both extensions that contain the core.

@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -182,19 +181,6 @@ static void drop(ul_fdmon *mon, int fd, uint32_t kind) {
     }
 }
 
-/* The outer loop watches the eventfd only. It stays readable while anything waits for a turn: changes not yet submitted (a
- * poll that nobody submits fires never) and events not yet handed over. */
-void ul_fdmon_want_turn(ul_fdmon *mon) {
-    if (mon->eventfd >= 0 && write(mon->eventfd, &(uint64_t){1}, sizeof(uint64_t)) < 0)
-        return; /* the counter is full, so it is readable */
-}
-
-static void forget_wanted_turn(ul_fdmon *mon) {
-    uint64_t count;
-    if (mon->eventfd >= 0 && read(mon->eventfd, &count, sizeof count) < 0)
-        return; /* it was not readable */
-}
-
 /* ---- choosing a monitor ---- */
 
 static void refused(ul_fdmon *mon, const char *step, int err) {
@@ -250,7 +236,8 @@ int ul_fdmon_new(enum ul_kind kind, ul_ring *spare, ul_fdmon **out, ul_setup_inf
     mon->layout = UL_FDMON_LAYOUT;
     pthread_mutex_init(&mon->lock, NULL);
     mon->kind = kind;
-    mon->eventfd = mon->epoll_fd = -1;
+    mon->eventfd = mon->epoll_fd = mon->timerfd = -1;
+    mon->wake_ns = mon->armed_ns = UL_NEVER;
     int ret = choose(mon, spare);
     ul_fdmon_setup_info(mon, info);
     if (ret < 0) {
@@ -269,9 +256,7 @@ int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
     if (ret == 0 && !mon->closed) {
         *spare = ul_fdmon_io_uring_release(mon);
         mon->ops->close(mon);
-        if (mon->eventfd >= 0)
-            close(mon->eventfd);
-        mon->eventfd = -1;
+        ul_host_close(mon);
         mon->watches_live = mon->ready_live = 0;
         mon->closed = true;
     }
@@ -284,8 +269,8 @@ int ul_fdmon_close(ul_fdmon *mon, ul_ring **spare) {
 /* The kernel takes io_uring away (a seccomp filter installed later, a descriptor closed behind our back): the same watches go
  * on living on epoll, on poll if even that fails. Level-triggered readiness makes this lossless: whatever is ready is reported
  * by the next monitor again. Tests: test_traffic_survives_a_seccomp_filter_installed_later. */
-static void downgrade(ul_fdmon *mon, int err) {
-    bool was_epoll = strcmp(mon->ops->name, "epoll") == 0;
+void ul_fdmon_downgrade(ul_fdmon *mon, int err) {
+    bool was_epoll = mon->ops->kind == UL_EPOLL;
     refused(mon, mon->step, err);
     mon->ops->close(mon);
     mon->stale = false;
@@ -294,18 +279,19 @@ static void downgrade(ul_fdmon *mon, int err) {
         ul_fdmon_poll_setup(mon);
     mon->downgrades++;
     mon->downgrade_unreported = true;
-    ul_fdmon_want_turn(mon);
+    mon->host_version++;
+    ul_host_want_turn(mon);
 }
 
-/* Makes the kernel objects again after a fork. Asked for by every verb that needs them. */
-static void renew(ul_fdmon *mon) {
+/* Asked for by every verb that needs them. */
+void ul_fdmon_renew(ul_fdmon *mon) {
     if (!mon->stale)
         return;
     mon->stale = false;
     mon->step = "epoll_create1";
-    int ret = strcmp(mon->ops->name, "epoll") == 0 ? ul_fdmon_epoll_setup(mon) : 0;
+    int ret = mon->ops->kind == UL_EPOLL ? ul_fdmon_epoll_setup(mon) : 0;
     if (ret < 0)
-        downgrade(mon, ret);
+        ul_fdmon_downgrade(mon, ret);
 }
 
 void ul_fdmon_after_fork_in_child(ul_fdmon *mon) {
@@ -314,9 +300,8 @@ void ul_fdmon_after_fork_in_child(ul_fdmon *mon) {
     ul_fdmon_io_uring_after_fork(mon);
     if (mon->epoll_fd >= 0)
         close(mon->epoll_fd);
-    if (mon->eventfd >= 0)
-        close(mon->eventfd);
-    mon->epoll_fd = mon->eventfd = -1;
+    mon->epoll_fd = -1;
+    ul_host_close(mon);
     mon->stale = !mon->closed;
 }
 
@@ -374,6 +359,12 @@ static bool makes_sense(uint32_t events) {
     return events != UL_ONCE && !(events & ~once);
 }
 
+/* io_uring knows of it after a turn, the host of poll's watches when it asks for them again; epoll at once. */
+static void changed(ul_fdmon *mon) {
+    if (mon->ops->kind != UL_EPOLL)
+        ul_host_want_turn(mon);
+}
+
 int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
     if (fd < 0)
         return -EBADF;
@@ -382,11 +373,11 @@ int ul_fdmon_update(ul_fdmon *mon, int fd, uint32_t events) {
     pthread_mutex_lock(&mon->lock);
     int ret = -EBADF;
     if (!mon->closed) {
-        renew(mon);
+        ul_fdmon_renew(mon);
         ret = set_watch(mon, fd, events);
     }
     if (ret == 0)
-        ul_fdmon_want_turn(mon);
+        changed(mon);
     pthread_mutex_unlock(&mon->lock);
     return ret;
 }
@@ -413,7 +404,7 @@ static int queue_send(ul_fdmon *mon, int fd, const struct iovec *pieces, int cou
     mon->watches[fd].send = send;
     mon->sends_queued++;
     ul_want_armed(mon, fd);
-    ul_fdmon_want_turn(mon);
+    changed(mon);
     return 0;
 }
 
@@ -461,7 +452,7 @@ static int forget(ul_fdmon *mon, int fd) {
     set_watch(mon, fd, 0);
     if (watch->data_queued)
         drop(mon, fd, UL_DATA);
-    ul_fdmon_want_turn(mon);
+    changed(mon);
     return 0;
 }
 
@@ -472,10 +463,10 @@ int ul_fdmon_forget(ul_fdmon *mon, int fd) {
     return ret;
 }
 
-static int wait_or_downgrade(ul_fdmon *mon, int64_t timeout_ns) {
+int ul_fdmon_wait(ul_fdmon *mon, int64_t timeout_ns) {
     int ret = mon->ops->wait(mon, timeout_ns);
-    for (int lost = 0; ret < 0 && lost < 2 && strcmp(mon->ops->name, "poll") != 0; lost++) {
-        downgrade(mon, ret);
+    for (int lost = 0; ret < 0 && lost < 2 && mon->ops->kind != UL_POLL; lost++) {
+        ul_fdmon_downgrade(mon, ret);
         ret = mon->ops->wait(mon, 0);
     }
     return ret;
@@ -486,18 +477,17 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
     int ret = mon->closed ? -EBADF : mon->waiting ? -EBUSY : 0;
     if (ret == 0) {
         mon->turns++;
-        renew(mon);
+        ul_fdmon_renew(mon);
         ul_buffers_take_back(mon);
         /* Else the rest of earlier turns fills this one; but a send does not wait for it. */
         if (mon->ready_live == 0 || mon->ready_live < (size_t)out_max || mon->sends_queued) {
-            forget_wanted_turn(mon);
+            ul_host_begin_turn(mon);
             timeout_ns = mon->ready_live ? 0 : timeout_ns;
-            ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? wait_or_downgrade(mon, timeout_ns) : 0;
+            ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? ul_fdmon_wait(mon, timeout_ns) : 0;
         }
         if (ret >= 0)
             ret = mon->ops->dispatch(mon, out, out_max);
-        if (mon->pending.count || mon->ready_live)
-            ul_fdmon_want_turn(mon);
+        ul_host_end_turn(mon);
         if (ret >= 0 && mon->downgrade_unreported) {
             mon->downgrade_unreported = false;
             ret |= UL_DOWNGRADED;
@@ -519,22 +509,6 @@ bool ul_fdmon_need_wait(ul_fdmon *mon) {
     bool need = !mon->closed && (mon->stale || mon->ready_live > 0 || mon->ops->need_wait(mon));
     pthread_mutex_unlock(&mon->lock);
     return need;
-}
-
-int ul_fdmon_fileno(ul_fdmon *mon) {
-    pthread_mutex_lock(&mon->lock);
-    renew(mon);
-    int fd = mon->closed ? -EBADF : -EOPNOTSUPP;
-    if (!mon->closed && strcmp(mon->ops->name, "epoll") == 0) {
-        fd = mon->epoll_fd;
-    } else if (!mon->closed && strcmp(mon->ops->name, "io_uring") == 0) {
-        if (mon->eventfd <
-            0) /* readable at first: the turn that follows registers it with the ring, in the ring's own thread */
-            mon->eventfd = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
-        fd = mon->eventfd < 0 ? -errno : mon->eventfd;
-    }
-    pthread_mutex_unlock(&mon->lock);
-    return fd;
 }
 
 void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out) {

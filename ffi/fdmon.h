@@ -49,8 +49,13 @@ typedef struct ul_event {
     uint32_t events; /* UL_READ | UL_WRITE: readiness; or UL_DATA alone; or UL_SENT alone */
     int32_t result;  /* UL_DATA: bytes at data, 0 the end of the stream, < 0 -errno; UL_SENT: bytes or -errno */
     uint32_t _reserved;
-    const void *data; /* valid until the next ul_fdmon_turn() */
+    const void *data; /* valid until the next ul_fdmon_turn() or ul_fdmon_prepare() */
 } ul_event;
+
+typedef struct ul_host_fd {
+    int32_t fd;
+    uint32_t poll_events; /* POLLIN, POLLOUT */
+} ul_host_fd;
 
 typedef struct ul_statistics {
     uint64_t turns, enters, sqes, cqes, overflows, downgrades, watches;
@@ -104,7 +109,26 @@ int ul_fdmon_dispatch(ul_fdmon *mon, ul_event *out, int out_max);
 /* True when a turn with timeout 0 has anything to do. Reads shared memory only. */
 bool ul_fdmon_need_wait(ul_fdmon *mon);
 
-/* Readable whenever a turn is due, for an outer loop. io_uring: an eventfd, because a poll on a DEFER_TASKRUN ring is not
+/* A foreign main loop, the host, carries ours: in one thread it polls what ul_fdmon_host_fds() lists, calls ul_fdmon_turn() with
+ * timeout 0 when that is readable or when ul_fdmon_prepare() says so, and ul_fdmon_prepare() before it sleeps, or after each
+ * turn where it cannot know. Promise: the descriptors are readable whenever a turn is due, whatever was called since. */
+
+/* What the host polls, and for what; makes it at first. Returns how many there are; with more than out_max, out is incomplete.
+ * io_uring: an eventfd; epoll: its descriptor; poll: every watch and a timer. *version changes with the list: on poll with any
+ * watch (the host is woken then until it has asked again), else when the monitor is lost, and in a forked child. -errno when a
+ * descriptor cannot be made; -EBADF: closed. */
+int ul_fdmon_host_fds(ul_fdmon *mon, ul_host_fd *out, int out_max, uint64_t *version);
+
+/* Before the host sleeps: hands every change to the kernel, and what ul_event.data pointed to; has the host woken at wake_ns, a
+ * CLOCK_MONOTONIC time (negative: none). That may be once too early, when an earlier call named an earlier time. Never blocks.
+ * 1: a turn is due now, and a descriptor becomes readable at once; 0: not yet, and none is readable. -EBUSY: another thread is
+ * waiting on this monitor. -EBADF: closed. -EMFILE and the like: no descriptor for the time. */
+int ul_fdmon_prepare(ul_fdmon *mon, int64_t wake_ns);
+
+/* Makes a host's descriptor readable at once: for what is due outside of the monitor. Nothing without a host. */
+void ul_fdmon_wake_host(ul_fdmon *mon);
+
+/* Readable whenever a turn is due, for an outer loop that leaves times to the caller. io_uring: an eventfd, because a poll on a DEFER_TASKRUN ring is not
  * woken. -EOPNOTSUPP on poll, which has none. */
 int ul_fdmon_fileno(ul_fdmon *mon);
 
@@ -149,6 +173,7 @@ enum {
     UL_PIECES_MAX = 64,
     UL_NO_BUFFER = -1,
     UL_BUFFER_BYTES = 2048, /* of one of the buffers for received data */
+    UL_HOST_TIMER = -1,     /* epoll: in place of a watch's descriptor */
 };
 
 typedef struct ul_item {
@@ -177,6 +202,7 @@ typedef struct ul_buffers ul_buffers;
 
 /* The verbs. Each is called with mon->lock held. */
 typedef struct FDMonOps {
+    enum ul_kind kind;
     const char *name;
     bool streams; /* looks after UL_RECV and sends */
 
@@ -199,15 +225,17 @@ typedef struct FDMonOps {
 
 /* What the kernel has. user_data = generation << 32 | index + 1: never an fd, because a request outlives the number. */
 typedef struct ul_request {
-    int32_t fd;
+    int32_t fd; /* -1: of none */
     uint32_t generation;
-    enum { UL_POLLS = 0, UL_RECEIVES, UL_SENDS } kind;
+    enum { UL_POLLS = 0, UL_RECEIVES, UL_SENDS, UL_TIMEOUTS } kind;
     enum { UL_FREE = 0, UL_ARMED, UL_DYING } state;
     uint8_t events; /* of a poll */
     bool multishot;
     bool forgotten; /* what this receive still brings is nobody's */
     uint32_t next_free;
 } ul_request;
+
+#define UL_NEVER INT64_MAX /* of times in nanoseconds */
 
 #define UL_FDMON_LAYOUT ((uint64_t)1 << 32 | sizeof(ul_fdmon))
 
@@ -239,7 +267,15 @@ struct ul_fdmon {
     bool uncancelled; /* some that are to end go on, and nobody has told the kernel: to be done before the turn ends */
     int errors_in_a_row;
     const char *step; /* what is being done with the ring: named when it fails */
-    int eventfd;      /* -1 until somebody asks for fileno() */
+    int eventfd;      /* -1 until somebody asks for a descriptor */
+
+    bool hosted;                              /* somebody has asked for the host's descriptors */
+    uint64_t host_version, host_version_told; /* of the list of descriptors */
+    int64_t wake_ns, armed_ns;                /* when the host wants to be woken; what the kernel knows of that */
+    int timerfd;                              /* epoll, poll: -1 before the first host */
+    uint32_t timeout;                         /* io_uring: index + 1 of the request in flight */
+    int timeout_refused;                      /* -errno: io_uring does not know timeouts */
+    struct ul_timespec timeout_at;
 
     int epoll_fd;
     bool no_epoll_pwait2;
@@ -282,10 +318,20 @@ static inline bool ul_wants_poll(const ul_fdmon *mon, const ul_watch *watch) {
 }
 
 void ul_fdmon_park(ul_fdmon *mon, int fd); /* bad descriptor: report once, then leave it alone */
-void ul_fdmon_want_turn(ul_fdmon *mon);    /* makes an outer loop call us, if there is one */
 void ul_queue_put(ul_queue *queue, ul_item item);
 ul_item ul_queue_pop(ul_queue *queue); /* of one that is not empty */
 int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max);
 int ul_fd_pollable(int fd); /* 0 or what epoll_ctl would answer */
+
+/* For the host; hosting.c. */
+void ul_host_want_turn(ul_fdmon *mon);  /* makes it call us, if there is one */
+void ul_host_begin_turn(ul_fdmon *mon); /* what was wanted until now is done by this turn ... */
+void ul_host_end_turn(ul_fdmon *mon);   /* ... and what it has left wants the next one */
+void ul_host_close(ul_fdmon *mon);      /* also in a forked child: touches nothing that the parent has */
+
+/* fdmon.c, for the host. */
+void ul_fdmon_renew(ul_fdmon *mon);                   /* makes the kernel objects again after a fork */
+void ul_fdmon_downgrade(ul_fdmon *mon, int err);      /* mon->step has failed */
+int ul_fdmon_wait(ul_fdmon *mon, int64_t timeout_ns); /* of the monitor, or of the one that takes its place */
 
 #endif

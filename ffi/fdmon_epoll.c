@@ -89,8 +89,12 @@ static int epoll_mon_wait(ul_fdmon *mon, int64_t timeout_ns) {
     int err = n < 0 ? -errno : 0;
     pthread_mutex_lock(&mon->lock);
     mon->waiting = false;
-    for (int i = 0; i < n; i++)
-        ul_fdmon_collect(mon, mon->epoll_events[i].data.fd, mon->epoll_events[i].events);
+    for (int i = 0; i < n; i++) {
+        if (mon->epoll_events[i].data.fd == UL_HOST_TIMER)
+            mon->armed_ns = UL_NEVER;
+        else
+            ul_fdmon_collect(mon, mon->epoll_events[i].data.fd, mon->epoll_events[i].events);
+    }
     return err == -EINTR ? 0 : err;
 }
 
@@ -106,6 +110,7 @@ static void epoll_close(ul_fdmon *mon) {
 }
 
 static const FDMonOps epoll_ops = {
+    .kind = UL_EPOLL,
     .name = "epoll",
     .update = epoll_update,
     .wait = epoll_mon_wait,

@@ -92,6 +92,8 @@ static void forget_requests(ul_fdmon *mon) {
     }
     for (size_t fd = 0; fd < mon->watches_cap; fd++)
         mon->watches[fd].request = mon->watches[fd].receive = 0;
+    mon->timeout = 0;
+    mon->armed_ns = UL_NEVER;
 }
 
 void ul_want_armed(ul_fdmon *mon, int fd) {
@@ -206,11 +208,27 @@ static void polled(ul_fdmon *mon, int fd, uint8_t polled_for, const struct ul_cq
         ul_want_armed(mon, fd);
 }
 
+/* The host was woken by the completion itself. */
+static void timeout_ended(ul_fdmon *mon, int32_t result) {
+    bool passing = result == -ECANCELED || result == -ENOMEM || result == -EAGAIN || result == -EINTR;
+    if (result == -ETIME && mon->wake_ns <= mon->armed_ns)
+        mon->wake_ns = UL_NEVER;
+    else if (result != -ETIME && !passing)
+        mon->timeout_refused = result < 0 ? result : -EIO;
+    mon->timeout = 0;
+    mon->armed_ns = UL_NEVER;
+}
+
 static void complete(ul_fdmon *mon, const struct ul_cqe *cqe) {
     uint32_t id = (uint32_t)cqe->user_data;
     if (id == 0 || id > mon->requests_cap || ul_request_user_data(mon, id) != cqe->user_data)
         return; /* the answer to a cancellation */
     const ul_request request = mon->requests[id - 1];
+    if (request.kind == UL_TIMEOUTS) {
+        free_request(mon, id);
+        timeout_ended(mon, cqe->res);
+        return;
+    }
     if (!(cqe->flags & UL_CQE_F_MORE)) {
         ul_watch *watch = &mon->watches[request.fd];
         free_request(mon, id);
@@ -369,6 +387,34 @@ static int arm_pending(ul_fdmon *mon) {
     return 0;
 }
 
+static bool wants_timeout(const ul_fdmon *mon) { return mon->wake_ns < mon->armed_ns; }
+
+/* When the host is to be woken. An earlier time stays: it costs one wake-up, and timers are moved all the time. The change comes
+ * too late for a timeout that has just fired: then that one's completion wakes the host. */
+static int arm_timeout(ul_fdmon *mon) {
+    int err = mon->timeout_refused;
+    uint32_t id;
+    if (err < 0) {
+        mon->step = "timeout of the io_uring";
+        return err;
+    }
+    struct ul_sqe *sqe = mon->timeout ? get_sqe(mon, &err) : NULL;
+    if (err < 0)
+        return err;
+    mon->timeout_at = (struct ul_timespec){mon->wake_ns / 1000000000, mon->wake_ns % 1000000000};
+    if (mon->timeout) { /* else it fired while we made room: that entry, if there is one, does nothing */
+        ul_prep_timeout_update(sqe, &mon->timeout_at, ul_request_user_data(mon, mon->timeout));
+    } else {
+        if (!(sqe = ul_request_new(mon, -1, &id, &err)))
+            return err;
+        mon->requests[id - 1].kind = UL_TIMEOUTS;
+        mon->timeout = id;
+        ul_prep_timeout(sqe, &mon->timeout_at, ul_request_user_data(mon, id));
+    }
+    mon->armed_ns = mon->wake_ns;
+    return 0;
+}
+
 static bool is_owner(const ul_fdmon *mon) { return mon->ring && pthread_equal(mon->ring_owner, pthread_self()); }
 
 /* In a forked child, a library's at-fork handler may come here before ours has dropped the ring. */
@@ -417,11 +463,11 @@ static void disarm(ul_fdmon *mon, int fd, bool poll_stays) {
         ul_requests_end(mon, ids, 2);
 }
 
-/* Three for each watch, the old and the new poll while a mask changes, and a receive; one for each send: a turn allocates
- * nothing. */
+/* Three for each watch, the old and the new poll while a mask changes, and a receive; one for each send, and the host's timeout:
+ * a turn allocates nothing. */
 int ul_requests_reserve(ul_fdmon *mon, size_t watches, size_t sends) {
     int err = 0;
-    while (err == 0 && mon->requests_cap < 3 * watches + sends)
+    while (err == 0 && mon->requests_cap < 3 * watches + sends + 1)
         err = grow_requests(mon);
     return err;
 }
@@ -443,7 +489,7 @@ static int io_uring_update(ul_fdmon *mon, int fd, uint32_t old_events) {
     return 0;
 }
 
-/* What must be so before this thread may enter: a ring of its own, the outer loop's eventfd, every change in the queue. */
+/* What must be so before this thread may enter: a ring of its own, the host's eventfd, its time, every change in the queue. */
 static int prepare(ul_fdmon *mon) {
     int err = 0;
     if (!is_owner(mon)) {
@@ -457,7 +503,9 @@ static int prepare(ul_fdmon *mon) {
     if (err < 0)
         return err;
     mon->step = "io_uring_enter";
-    return arm_pending(mon);
+    if (wants_timeout(mon))
+        err = arm_timeout(mon);
+    return err < 0 ? err : arm_pending(mon);
 }
 
 static int enter_unlocked(ul_fdmon *mon, int64_t timeout_ns) {
@@ -495,8 +543,9 @@ static int io_uring_wait(ul_fdmon *mon, int64_t timeout_ns) {
 }
 
 static bool io_uring_need_wait(ul_fdmon *mon) {
-    if (!mon->ring || mon->pending.count)
-        return mon->watches_live > 0 || mon->pending.count;
+    bool changes = mon->pending.count || wants_timeout(mon);
+    if (!mon->ring || changes)
+        return changes || mon->watches_live > 0;
     return ul_ring_unsubmitted(mon->ring) > 0 || ul_ring_has_work(mon->ring) || (mon->eventfd >= 0 && !mon->ring->has_eventfd);
 }
 
@@ -525,6 +574,7 @@ ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon) {
 }
 
 static const FDMonOps io_uring_ops = {
+    .kind = UL_IO_URING,
     .name = "io_uring",
     .streams = true,
     .update = io_uring_update,

@@ -21,6 +21,7 @@ static void leave_set(ul_fdmon *mon, int fd) {
     mon->pollfds[id - 1] = *last;
     mon->watches[last->fd].request = id;
     mon->watches[fd].request = 0;
+    mon->host_version++;
 }
 
 static void enter_set(ul_fdmon *mon, int fd) {
@@ -28,6 +29,7 @@ static void enter_set(ul_fdmon *mon, int fd) {
     if (!watch->request)
         watch->request = (uint32_t)++mon->pollfds_count; /* there is a place for every watch */
     mon->pollfds[watch->request - 1] = (struct pollfd){.fd = fd, .events = (short)ul_poll_mask(ul_polled_events(mon, watch))};
+    mon->host_version++;
 }
 
 static int poll_update(ul_fdmon *mon, int fd, uint32_t old_events) {
@@ -96,6 +98,7 @@ static void poll_close(ul_fdmon *mon) {
 }
 
 static const FDMonOps poll_ops = {
+    .kind = UL_POLL,
     .name = "poll",
     .update = poll_update,
     .wait = poll_wait,

@@ -336,6 +336,23 @@ void ul_prep_send(struct ul_sqe *sqe, int fd, const struct msghdr *message, uint
     sqe->user_data = user_data;
 }
 
+void ul_prep_timeout(struct ul_sqe *sqe, const struct ul_timespec *when, uint64_t user_data) {
+    sqe->opcode = UL_OP_TIMEOUT;
+    sqe->fd = -1;
+    sqe->addr = (uint64_t)(uintptr_t)when;
+    sqe->len = 1;
+    sqe->op_flags = UL_TIMEOUT_ABS;
+    sqe->user_data = user_data;
+}
+
+void ul_prep_timeout_update(struct ul_sqe *sqe, const struct ul_timespec *when, uint64_t target_user_data) {
+    sqe->opcode = UL_OP_TIMEOUT_REMOVE;
+    sqe->fd = -1;
+    sqe->addr = target_user_data;
+    sqe->off = (uint64_t)(uintptr_t)when;
+    sqe->op_flags = UL_TIMEOUT_UPDATE | UL_TIMEOUT_ABS;
+}
+
 void ul_prep_cancel(struct ul_sqe *sqe, uint64_t target_user_data) {
     sqe->opcode = UL_OP_ASYNC_CANCEL;
     sqe->fd = -1;

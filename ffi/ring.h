@@ -96,6 +96,10 @@ void ul_prep_poll_add(struct ul_sqe *sqe, int fd, uint32_t poll_events, bool mul
 void ul_prep_receive(struct ul_sqe *sqe, int fd, uint64_t user_data);
 /* Fills in a send: no signal, and no waiting for all of it, so that one which has not ended has sent nothing. */
 void ul_prep_send(struct ul_sqe *sqe, int fd, const struct msghdr *message, uint64_t user_data);
+/* Fills in a timeout at a CLOCK_MONOTONIC time, or the change of one to another time. *when is read when the kernel takes it.
+ * The completion of the change carries user_data 0. */
+void ul_prep_timeout(struct ul_sqe *sqe, const struct ul_timespec *when, uint64_t user_data);
+void ul_prep_timeout_update(struct ul_sqe *sqe, const struct ul_timespec *when, uint64_t target_user_data);
 /* Fills in the cancellation of a request. Its own completion carries user_data 0. */
 void ul_prep_cancel(struct ul_sqe *sqe, uint64_t target_user_data);
 

@@ -85,11 +85,15 @@ struct ul_buffer_ring_registration {
 enum {
     UL_OP_POLL_ADD = 6,
     UL_OP_SENDMSG = 9,
+    UL_OP_TIMEOUT = 11,
+    UL_OP_TIMEOUT_REMOVE = 12,
     UL_OP_ASYNC_CANCEL = 14,
     UL_OP_SEND = 26,
     UL_OP_RECV = 27,
-    UL_POLL_ADD_MULTI = 1 << 0,      /* in ul_sqe.len */
-    UL_RECV_MULTISHOT = 1 << 1,      /* in ul_sqe.ioprio */
+    UL_POLL_ADD_MULTI = 1 << 0, /* in ul_sqe.len */
+    UL_RECV_MULTISHOT = 1 << 1, /* in ul_sqe.ioprio */
+    UL_TIMEOUT_ABS = 1 << 0,    /* in ul_sqe.op_flags */
+    UL_TIMEOUT_UPDATE = 1 << 1,
     UL_IOSQE_BUFFER_SELECT = 1 << 5, /* in ul_sqe.flags */
     UL_CQE_F_BUFFER = 1 << 0,        /* in ul_cqe.flags, with the buffer's number above UL_CQE_BUFFER_SHIFT */
     UL_CQE_F_MORE = 1 << 1,

@@ -147,6 +147,14 @@ static void watch(struct connection *c) {
     }
 }
 
+/* A host's; the times are years ahead, so that a seed stays a run. */
+static void prepare(void) {
+    ul_host_fd fds[CONNECTIONS + 1];
+    uint64_t version;
+    CHECK(ul_fdmon_host_fds(mon, fds, CONNECTIONS + 1, &version) > 0);
+    CHECK(ul_fdmon_prepare(mon, chance(20) ? -1 : INT64_MAX / 2 - random_below(1000000)) >= 0);
+}
+
 static void step(void) {
     struct connection *c = &connections[random_below(CONNECTIONS)];
     uint32_t what = random_below(100);
@@ -162,8 +170,10 @@ static void step(void) {
         cancel(c);
     else if (what < 96)
         watch(c);
-    else if (what < 97)
+    else if (what < 97 && chance(50))
         dispatch_all();
+    else if (what < 97)
+        prepare();
     else if (what < 98)
         let_it_receive(mon, chance(80));
     else if (what < 99)
@@ -199,6 +209,10 @@ static void finish(void) {
         CHECK(is_complete(&connections[i]) && intakes[connections[i].pair.peer].wrong == 0 && !connections[i].sending);
     turn(64);
     CHECK(is_quiet(mon, 1 * MS));
+    if (mon->hosted) {
+        prepare();
+        CHECK(ul_fdmon_prepare(mon, -1) == 0);
+    }
 }
 
 static bool run_seed(enum ul_kind kind, uint64_t seed) {
