@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 # How much one read of a stream takes, and where it lies: docs/decisions.md 8.
 _STREAM_READ_MAX_BYTES = 120 * 1024
 
-# One read of a pipe or of TLS plaintext: their natural limits are 64 KiB and 16 KiB.
-_READ_MAX_BYTES = 64 * 1024
+# One read of a pipe, and of TLS plaintext: what a pipe holds, and what a TLS record does.
+_PIPE_READ_MAX_BYTES = 64 * 1024
+_TLS_READ_MAX_BYTES = 16 * 1024
 
 _DATAGRAM_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
@@ -146,7 +147,7 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
             ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
-        ssl_protocol.max_size = _READ_MAX_BYTES
+        ssl_protocol.max_size = _TLS_READ_MAX_BYTES
         self._make_socket_transport(rawsock, ssl_protocol, **kwargs)
         return ssl_protocol._app_transport
 
@@ -159,14 +160,14 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
 
     def _make_read_pipe_transport(self, *args: Any, **kwargs: Any) -> Any:
         transport = super()._make_read_pipe_transport(*args, **kwargs)  # type: ignore[misc]
-        transport.max_size = _READ_MAX_BYTES
+        transport.max_size = _PIPE_READ_MAX_BYTES
         return transport
 
     async def start_tls(self, *args: Any, **kwargs: Any) -> Any:
         """As asyncio's; only how much is read at once differs."""
         transport: Any = await super().start_tls(*args, **kwargs)
         if transport is not None:  # the connection was lost meanwhile
-            transport._ssl_protocol.max_size = _READ_MAX_BYTES
+            transport._ssl_protocol.max_size = _TLS_READ_MAX_BYTES
         return transport
 
     # sock_recv() and its kin try, wait for one report of readiness, and try again: what was
