@@ -114,10 +114,18 @@ bool ul_fdmon_need_wait(ul_fdmon *mon);
  * turn where it cannot know. Promise: the descriptors are readable whenever a turn is due, whatever was called since. */
 
 /* What the host polls, and for what; makes it at first. Returns how many there are; with more than out_max, out is incomplete.
- * io_uring: an eventfd; epoll: its descriptor; poll: every watch and a timer. *version changes with the list: on poll with any
- * watch (the host is woken then until it has asked again), else when the monitor is lost, and in a forked child. -errno when a
- * descriptor cannot be made; -EBADF: closed. */
+ * io_uring: an eventfd; epoll: its descriptor; poll: every watch and two of its own. *version changes with the list: on poll with
+ * any watch (the host is woken then until it has asked again), else when the monitor is lost, and in a forked child. -errno when
+ * a descriptor cannot be made; -EBADF: closed. */
 int ul_fdmon_host_fds(ul_fdmon *mon, ul_host_fd *out, int out_max, uint64_t *version);
+
+/* Readable whenever a turn is due, for an outer loop that leaves times to the caller. io_uring: an eventfd, because a poll on a DEFER_TASKRUN ring is not
+ * woken. -EOPNOTSUPP on poll, which has none. */
+int ul_fdmon_fileno(ul_fdmon *mon);
+
+void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
+void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
+/* cffi: end */
 
 /* Before the host sleeps: hands every change to the kernel, and what ul_event.data pointed to; has the host woken at wake_ns, a
  * CLOCK_MONOTONIC time (negative: none). That may be once too early, when an earlier call named an earlier time. Never blocks.
@@ -127,14 +135,6 @@ int ul_fdmon_prepare(ul_fdmon *mon, int64_t wake_ns);
 
 /* Makes a host's descriptor readable at once: for what is due outside of the monitor. Nothing without a host. */
 void ul_fdmon_wake_host(ul_fdmon *mon);
-
-/* Readable whenever a turn is due, for an outer loop that leaves times to the caller. io_uring: an eventfd, because a poll on a DEFER_TASKRUN ring is not
- * woken. -EOPNOTSUPP on poll, which has none. */
-int ul_fdmon_fileno(ul_fdmon *mon);
-
-void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
-void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
-/* cffi: end */
 
 /* Queues one send of 1 to UL_PIECES_MAX pieces on a stream socket; it leaves with the next turn's enter and ends with UL_SENT.
  * It may be short; -EAGAIN, and as long as it has not ended: nothing was sent. The iovecs are copied; the bytes must stay as
@@ -174,6 +174,7 @@ enum {
     UL_NO_BUFFER = -1,
     UL_BUFFER_BYTES = 2048, /* of one of the buffers for received data */
     UL_HOST_TIMER = -1,     /* epoll: in place of a watch's descriptor */
+    UL_HOST_EVENT = -2,
 };
 
 typedef struct ul_item {
@@ -327,7 +328,8 @@ int ul_fd_pollable(int fd); /* 0 or what epoll_ctl would answer */
 void ul_host_want_turn(ul_fdmon *mon);  /* makes it call us, if there is one */
 void ul_host_begin_turn(ul_fdmon *mon); /* what was wanted until now is done by this turn ... */
 void ul_host_end_turn(ul_fdmon *mon);   /* ... and what it has left wants the next one */
-void ul_host_close(ul_fdmon *mon);      /* also in a forked child: touches nothing that the parent has */
+void ul_host_moves_to_epoll(ul_fdmon *mon);
+void ul_host_close(ul_fdmon *mon); /* also in a forked child: touches nothing that the parent has */
 
 /* fdmon.c, for the host. */
 void ul_fdmon_renew(ul_fdmon *mon);                   /* makes the kernel objects again after a fork */

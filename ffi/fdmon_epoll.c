@@ -92,7 +92,7 @@ static int epoll_mon_wait(ul_fdmon *mon, int64_t timeout_ns) {
     for (int i = 0; i < n; i++) {
         if (mon->epoll_events[i].data.fd == UL_HOST_TIMER)
             mon->armed_ns = UL_NEVER;
-        else
+        else if (mon->epoll_events[i].data.fd != UL_HOST_EVENT)
             ul_fdmon_collect(mon, mon->epoll_events[i].data.fd, mon->epoll_events[i].events);
     }
     return err == -EINTR ? 0 : err;
@@ -140,5 +140,6 @@ int ul_fdmon_epoll_setup(ul_fdmon *mon) {
     }
     mon->ops = &epoll_ops;
     mon->step = "epoll_wait";
+    ul_host_moves_to_epoll(mon);
     return 0;
 }

@@ -9,9 +9,10 @@
  * - A poll() on a DEFER_TASKRUN ring is not woken, a registered eventfd is, once for the first of several completions. So it is
  *   emptied before the ring is looked at: what comes later signals it again. Its own requests must be submitted: what lies in
  *   the queue happens never.
- * - On epoll and poll a timerfd does it: for a time, and with a time that is past for "at once". It is set anew instead of read,
- *   which ends its readiness too, and is refused when the application has closed the number and has another file there.
- * - In the epoll set it is edge-triggered: were its number lost while a forked child has a copy, nobody could take it out.
+ * - On epoll and poll an eventfd does it for "at once", a timerfd for a time. (A time that is past would do for both, but costs
+ *   an interrupt, some 30 us on a virtual machine.) The timer is set anew instead of read, which ends its readiness too, and is
+ *   refused when the application has closed the number and has another file there.
+ * - In the epoll set they are edge-triggered: were a number lost while a forked child has a copy, nobody could take it out.
  * - A timerfd is shared with a forked child. The child closes its copy and never sets it.
  */
 #define _GNU_SOURCE
@@ -25,8 +26,6 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { AT_ONCE_NS = 1 }; /* 0 would disarm the timer */
-
 static int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -35,18 +34,22 @@ static int64_t now_ns(void) {
 
 /* ---- the timer ---- */
 
-/* An epoll instance that cannot take it is given up: poll can. */
+/* To the host: on epoll as one of the set. An epoll instance that cannot take it is given up: poll can. */
+static void show(ul_fdmon *mon, int fd, int32_t who) {
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data = {.fd = who}};
+    mon->host_version++;
+    if (mon->ops->kind == UL_EPOLL && epoll_ctl(mon->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0) {
+        mon->step = "epoll_ctl";
+        ul_fdmon_downgrade(mon, -errno);
+    }
+}
+
 static int open_timer(ul_fdmon *mon) {
     int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     if (fd < 0)
         return -errno;
     mon->timerfd = fd;
-    mon->host_version++;
-    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data = {.fd = UL_HOST_TIMER}};
-    if (mon->ops->kind == UL_EPOLL && epoll_ctl(mon->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0) {
-        mon->step = "epoll_ctl";
-        ul_fdmon_downgrade(mon, -errno);
-    }
+    show(mon, fd, UL_HOST_TIMER);
     return 0;
 }
 
@@ -70,8 +73,6 @@ static int set_timer(ul_fdmon *mon, int64_t when_ns) {
 /* ---- wanting turns ---- */
 
 void ul_host_want_turn(ul_fdmon *mon) {
-    if (mon->hosted && mon->ops->kind != UL_IO_URING && mon->armed_ns != AT_ONCE_NS)
-        set_timer(mon, AT_ONCE_NS); /* without a descriptor for it, ul_fdmon_prepare() fails */
     if (mon->eventfd >= 0 && write(mon->eventfd, &(uint64_t){1}, sizeof(uint64_t)) < 0)
         return; /* the counter is full, so it is readable */
 }
@@ -117,17 +118,27 @@ void ul_host_close(ul_fdmon *mon) {
 static int open_eventfd(ul_fdmon *mon) {
     if (mon->eventfd >= 0)
         return 0;
-    mon->eventfd = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
-    mon->host_version++;
-    return mon->eventfd < 0 ? -errno : 0;
+    int fd = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (fd < 0)
+        return -errno;
+    mon->eventfd = fd;
+    show(mon, fd, UL_HOST_EVENT);
+    return 0;
+}
+
+void ul_host_moves_to_epoll(ul_fdmon *mon) {
+    if (mon->eventfd >= 0)
+        show(mon, mon->eventfd, UL_HOST_EVENT);
 }
 
 static int host(ul_fdmon *mon) {
     mon->hosted = true;
-    if (mon->ops->kind != UL_IO_URING)
-        return mon->timerfd < 0 ? set_timer(mon, UL_NEVER) : 0;
-    int err = ul_requests_reserve(mon, mon->watches_live, mon->sends_made);
-    return err < 0 ? err : open_eventfd(mon);
+    int err = open_eventfd(mon);
+    if (err == 0 && mon->ops->kind == UL_IO_URING)
+        err = ul_requests_reserve(mon, mon->watches_live, mon->sends_made);
+    else if (err == 0 && mon->timerfd < 0) /* now, so that the list is known before the host asks */
+        err = set_timer(mon, UL_NEVER);
+    return err;
 }
 
 static int list_poll_set(const ul_fdmon *mon, ul_host_fd *out, int out_max) {
@@ -135,9 +146,12 @@ static int list_poll_set(const ul_fdmon *mon, ul_host_fd *out, int out_max) {
     for (size_t i = 0; i < mon->pollfds_count; i++, n++)
         if (n < out_max)
             out[n] = (ul_host_fd){mon->pollfds[i].fd, (uint32_t)mon->pollfds[i].events};
-    if (n < out_max)
-        out[n] = (ul_host_fd){mon->timerfd, POLLIN};
-    return n + 1;
+    for (int i = 0; i < 2; i++) {
+        int fd = i == 0 ? mon->eventfd : mon->timerfd;
+        if (fd >= 0 && n++ < out_max)
+            out[n - 1] = (ul_host_fd){fd, POLLIN};
+    }
+    return n;
 }
 
 /* Of the ring and of epoll only POLLIN: a ring is writable whenever its queue has room. */

@@ -34,7 +34,7 @@ import pytest
 import uringloop
 from tests import support
 from tests.support import ROOT, run
-from uringloop import _core, _fdmon, fdmon, policy, selector
+from uringloop import _core, _fdmon, fdmon, hosted, policy, selector
 from uringloop import loop as loop_module
 
 # typeshed does not know asyncio's private classes.
@@ -67,6 +67,11 @@ HOOKS = {
         "_timer_handle_cancelled",
         "_check_thread",
         "_check_callback",
+        "_check_closed",
+        "_check_running",
+        "_set_coroutine_origin_tracking",
+        "_asyncgen_firstiter_hook",
+        "_asyncgen_finalizer_hook",
     },
     unix_events._UnixSelectorEventLoop: {"_make_read_pipe_transport"},
     selector_events._SelectorSocketTransport: {"max_size"},
@@ -80,11 +85,13 @@ HOOKS = {
 LOOP_HOOKS = {
     "_clock_resolution",
     "_closed",
+    "_csock",
     "_current_handle",
     "_debug",
     "_ready",
     "_scheduled",
     "_selector",
+    "_signal_handlers",
     "_stopping",
     "_task_factory",
     "_thread_id",
@@ -92,7 +99,7 @@ LOOP_HOOKS = {
     "_transports",
 }
 TLS_HOOKS = {"_ssl_protocol", "_app_transport"}  # of a TLS transport and of its protocol
-OTHERS = {"_core", "_get_running_loop"}  # ours, and asyncio's documented one
+OTHERS = {"_core", "_get_running_loop", "_set_running_loop"}  # ours, and asyncio's documented ones
 HANDLE_HOOKS = {"_repr_info", "_run", "_cancelled", "_scheduled"}
 
 
@@ -179,7 +186,7 @@ def test_the_docstring_of_loop_py_lists_every_private_hook_that_is_used() -> Non
 
 
 def test_only_loop_py_and_the_selector_use_private_names_of_the_standard_library() -> None:
-    for module in (policy, fdmon):
+    for module in (policy, fdmon, hosted):
         foreign = private_names(module) - own_names(module) - {"_get_running_loop"}
         assert {name for name in foreign if hasattr(asyncio.SelectorEventLoop, name)} == {
             name for name in foreign if name == "_loop_factory"
@@ -282,6 +289,7 @@ def test_the_loop_overrides_nothing_but_the_turn_transports_and_sock_calls() -> 
         "create_future",
         "create_task",
         "get_debug",
+        "stop",
         "is_closed",
         "is_running",
         "time",
@@ -614,14 +622,14 @@ def product_files() -> list[Path]:
 
 
 @in_checkout
-def test_the_c_core_fits_2550_lines_the_hot_path_3300_and_everything_7900() -> None:
+def test_the_c_core_fits_3000_lines_the_hot_path_3350_and_everything_9000() -> None:
     c_core = [path for path in product_files() if path.parent == FFI]
     hot_path = [path for path in product_files() if path.parent.name == "_core"]
     assert len(c_core) >= 8
     assert len(hot_path) >= 8
-    assert lines(*c_core) <= 2550
-    assert lines(*hot_path) <= 3300
-    assert lines(*product_files()) <= 7900
+    assert lines(*c_core) <= 3000
+    assert lines(*hot_path) <= 3350
+    assert lines(*product_files()) <= 9000
 
 
 @in_checkout

@@ -192,6 +192,7 @@ class FDMon:
 
     __slots__ = (
         "__weakref__",
+        "_host_version",
         "_mon",
         "_out",
         "_out_bytes",
@@ -210,6 +211,7 @@ class FDMon:
         # Freed with the last reference: the native loop has one too, and may outlive __del__.
         self._mon = ffi.gc(mon[0], _free)
         self.closed = False
+        self._host_version = ffi.new("uint64_t *")
         self._out = ffi.new("ul_event[]", EVENTS_MAX)
         self._out_bytes = memoryview(ffi.buffer(self._out)).toreadonly()
         _held.add(self)
@@ -280,6 +282,23 @@ class FDMon:
         if fd < 0:
             raise self.error(fd)
         return int(fd)
+
+    def host_version(self) -> int:
+        """Another number whenever `host_fds()` has changed."""
+        lib.ul_fdmon_host_fds(self._mon, ffi.NULL, 0, self._host_version)
+        return int(self._host_version[0])
+
+    def host_fds(self) -> list[tuple[int, int]]:
+        """What an outer loop has to poll: (fd, poll(2) bits)."""
+        room = 1
+        while True:
+            out = ffi.new("ul_host_fd[]", room)
+            count = lib.ul_fdmon_host_fds(self._mon, out, room, self._host_version)
+            if count < 0:
+                raise self.error(count)
+            if count <= room:
+                return [(out[i].fd, out[i].poll_events) for i in range(count)]
+            room = count
 
     def pointer(self) -> tuple[int, CData]:
         """The address of the C monitor, for the native loop, and what keeps it valid."""

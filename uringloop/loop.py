@@ -17,6 +17,9 @@ test_every_private_hook_is_where_we_expect_it):
   `._thread_id`, `._closed`, `._current_handle`, `._clock_resolution`, `._task_factory`: what
   asyncio's half reads and writes; `LoopCore` holds them. `._check_thread`, `._check_callback`,
   `._write_to_self`: called by it.
+- `._check_closed`, `._check_running`, `._set_coroutine_origin_tracking`,
+  `._asyncgen_firstiter_hook`, `._asyncgen_finalizer_hook`, `._signal_handlers`, `._csock`,
+  `asyncio._set_running_loop`: for a host, what run_forever() does.
 - `max_size` of the pipe transport, and of `sslproto.SSLProtocol`: how much is read at once.
 - `Handle` and `TimerHandle` with `_repr_info`, `_run`, `_cancelled`, `_scheduled`;
   `_SelectorSocketTransport`, `_SelectorDatagramTransport`: what our handles and transports say they
@@ -30,7 +33,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
+import sys
+import threading
 import weakref
 from asyncio import sslproto
 from collections.abc import Callable, Iterator, MutableMapping
@@ -60,7 +66,8 @@ _SEND_POLICIES: Final = ("now", "callback", "turn", "ring")
 #: small, or the monitor always. docs/decisions.md 22
 _RECEIVE_MODES: Final = ("readiness", "auto", "ring")
 
-_RECV_BYTES_MIN, _RECV_BYTES_MAX = 4096, 16 * 1024 * 1024
+#: The default, the least and the most of URINGLOOP_RECV_BYTES.
+_RECV_BYTES: Final = (_STREAM_READ_MAX_BYTES, 4096, 16 * 1024 * 1024)
 
 
 class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
@@ -81,7 +88,7 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
     def __init__(self, *, monitor: str | None = None) -> None:
         send_policy = _chosen("URINGLOOP_SEND", _SEND_POLICIES, "turn")
         receive_mode = _chosen("URINGLOOP_RECEIVE", _RECEIVE_MODES, "auto")
-        recv_bytes = _recv_bytes()
+        recv_bytes = _number("URINGLOOP_RECV_BYTES", *_RECV_BYTES)
         selector = _LoopSelector(monitor)
         try:
             self._open(selector, send_policy, receive_mode, recv_bytes)
@@ -93,6 +100,7 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
             raise
         self._transports = _Transports(self)
         self._uring_selector = selector
+        self._fdmon = selector._fdmon
 
     @property
     def monitor(self) -> str:
@@ -169,6 +177,46 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         if transport is not None:  # the connection was lost meanwhile
             transport._ssl_protocol.max_size = _TLS_READ_MAX_BYTES
         return transport
+
+    # What run_forever() does before its first pass and after its last one; hosted.py
+
+    def _begin_hosting(self) -> None:
+        self._check_closed()  # type: ignore[attr-defined]
+        self._check_running()  # type: ignore[attr-defined]
+        self._set_coroutine_origin_tracking(self.get_debug())  # type: ignore[attr-defined]
+        self._asyncgen_hooks = sys.get_asyncgen_hooks()
+        self._thread_id = threading.get_ident()
+        sys.set_asyncgen_hooks(
+            firstiter=self._asyncgen_firstiter_hook,  # type: ignore[attr-defined]
+            finalizer=self._asyncgen_finalizer_hook,  # type: ignore[attr-defined]
+        )
+        asyncio._set_running_loop(self)
+        self._host(True)
+        self._wakes_on_signals = self._wake_on_signals()
+
+    def _end_hosting(self) -> None:
+        if self._wakes_on_signals and not self._signal_handlers:  # type: ignore[attr-defined]
+            current = signal.set_wakeup_fd(-1)
+            if current != self._csock.fileno():  # type: ignore[attr-defined]  # somebody else's
+                signal.set_wakeup_fd(current)
+        self._host(False)
+        self._stopping = False
+        self._thread_id = None
+        asyncio._set_running_loop(None)
+        self._set_coroutine_origin_tracking(False)  # type: ignore[attr-defined]
+        sys.set_asyncgen_hooks(*self._asyncgen_hooks)
+
+    def _wake_on_signals(self) -> bool:
+        """A signal whose handler is Python code runs when Python code does: a host that sleeps in C
+        would let Ctrl-C wait.
+        """
+        with contextlib.suppress(ValueError):  # not the main thread
+            number = self._csock.fileno()  # type: ignore[attr-defined]
+            other = signal.set_wakeup_fd(number, warn_on_full_buffer=False)
+            if other in (-1, number):
+                return True
+            signal.set_wakeup_fd(other)
+        return False
 
     # sock_recv() and its kin try, wait for one report of readiness, and try again: what was
     # cancelled while it waited has taken nothing. docs/decisions.md 20
@@ -271,7 +319,7 @@ class _LoopSelector(Selector):
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
         self.loop._before_select()
-        return super().select(timeout)
+        return super().select(0 if self.loop._hosted else timeout)
 
     def _turn(self, timeout_ns: int) -> list[tuple[int, int]]:
         ready: list[tuple[int, int]] = self.loop._turn(timeout_ns)
@@ -323,15 +371,12 @@ def _chosen(variable: str, choices: tuple[str, ...], default: str) -> str:
     return choice
 
 
-def _recv_bytes() -> int:
-    text = os.environ.get("URINGLOOP_RECV_BYTES") or str(_STREAM_READ_MAX_BYTES)
-    size = int(text) if text.isascii() and text.isdecimal() else 0
-    if not _RECV_BYTES_MIN <= size <= _RECV_BYTES_MAX:
-        raise ValueError(
-            "URINGLOOP_RECV_BYTES must be a whole number from"
-            f" {_RECV_BYTES_MIN} to {_RECV_BYTES_MAX}, not {text!r}"
-        )
-    return size
+def _number(variable: str, default: int, least: int, most: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
+    if not least <= number <= most:
+        raise ValueError(f"{variable} must be a whole number from {least} to {most}, not {text!r}")
+    return number
 
 
 def _set_nodelay(sock: Any) -> None:

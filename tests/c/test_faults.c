@@ -149,9 +149,9 @@ static void watch(struct connection *c) {
 
 /* A host's; the times are years ahead, so that a seed stays a run. */
 static void prepare(void) {
-    ul_host_fd fds[CONNECTIONS + 1];
+    ul_host_fd fds[CONNECTIONS + 2];
     uint64_t version;
-    CHECK(ul_fdmon_host_fds(mon, fds, CONNECTIONS + 1, &version) > 0);
+    CHECK(ul_fdmon_host_fds(mon, fds, CONNECTIONS + 2, &version) > 0);
     CHECK(ul_fdmon_prepare(mon, chance(20) ? -1 : INT64_MAX / 2 - random_below(1000000)) >= 0);
 }
 

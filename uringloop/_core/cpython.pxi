@@ -134,7 +134,11 @@ cdef inline object os_error(int err):
     return OSError(err, os.strerror(err))
 
 
-cdef inline double monotonic() noexcept nogil:
+cdef inline int64_t monotonic_ns() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
-    return <double>(<int64_t>now.tv_sec * 1000000000 + now.tv_nsec) / 1e9
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline double monotonic() noexcept nogil:
+    return <double>monotonic_ns() / 1e9

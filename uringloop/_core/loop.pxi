@@ -57,6 +57,8 @@ cdef class LoopCore:
     cdef bint stepwise           # asyncio's own turn, because a building block was replaced
     cdef bint awake              # running callbacks: the ready queue is looked at before the kernel is
     cdef bint woken              # the wake-up byte is under way
+    cdef readonly bint _hosted   # a foreign main loop waits: ours never does
+    cdef bint host_waits         # it has to be told of what is queued
     cdef double turned_s         # when the monitor answered last
     cdef double gil_shared_s
     cdef bint shares_gil         # this turn's answers leave together, without the GIL
@@ -178,6 +180,8 @@ cdef class LoopCore:
     cdef inline Handle queue(self, object callback, object args, object context):
         cdef Handle handle = init_handle(Handle.__new__(Handle), self, callback, args, context)
         self.ready.push(handle)
+        if self.host_waits:
+            self.wake_host()
         return handle
 
     cdef int call_soon_natively(self, object callback, tuple args, object context) except -1:
@@ -217,6 +221,8 @@ cdef class LoopCore:
         init_handle(timer, self, callback, args, context)
         heap_push(self._scheduled, timer)
         timer.scheduled = True
+        if self.host_waits:
+            self.wake_host()
         return timer
 
     def call_later(self, delay, callback, *args, context=None):
@@ -240,6 +246,13 @@ cdef class LoopCore:
     def _add_callback(self, handle):
         if not handle._cancelled:
             self.ready.push(handle)
+            if self.host_waits:
+                self.wake_host()
+
+    def stop(self):
+        self._stopping = True
+        if self.host_waits:
+            self.wake_host()
 
     # -- small questions that tasks and futures ask all the time --
 
@@ -315,7 +328,7 @@ cdef class LoopCore:
 
     cdef int64_t timeout_ns(self) except? -2:
         cdef double timeout_s
-        if self.ready.count or self._stopping:
+        if self.ready.count or self._stopping or self._hosted:
             return 0
         if not PyList_GET_SIZE(self._scheduled):
             return -1
@@ -541,6 +554,50 @@ cdef class LoopCore:
         if result & UL_DOWNGRADED:
             self.fdmon.log_downgrade()
         return ready
+
+    # -- inside a foreign main loop: see hosted.py --
+
+    def _host(self, bint hosted):
+        self._hosted, self.host_waits = hosted, False
+
+    cdef int wake_host(self) except -1:
+        """Something was queued by a callback of the host's: it may have looked at its descriptors already."""
+        self.host_waits = False
+        ul_fdmon_wake_host(self.monitor)
+        return 0
+
+    def _prepare_host(self):
+        """Has the host woken when a pass is due. Whether that is now."""
+        cdef int64_t wake_ns = -1
+        cdef double delay_s
+        if self.in_pass or self.unsent:
+            self._before_select()
+        if not self.stepwise:
+            self.sweep_timers()
+        if self.ready.count or self._stopping:
+            wake_ns = 0
+        elif PyList_GET_SIZE(self._scheduled):
+            delay_s = self.timer_delay_s()
+            wake_ns = monotonic_ns()  # after the look at the clock: never early
+            if delay_s > 0:  # nan, which sorts anywhere, is due
+                wake_ns += <int64_t>ceil(min(delay_s, SELECT_TIMEOUT_MAX_S) * 1e9)
+        cdef int due = ul_fdmon_prepare(self.monitor, wake_ns)
+        if due < 0:
+            raise self.fdmon.error(due)
+        self.host_waits = not due
+        return due != 0
+
+    def _is_due(self):
+        """Whether a callback or a timer waits for a pass. What the kernel has shows at its descriptors."""
+        return bool(self.ready.count or self._stopping or self._scheduled and not self.timer_delay_s() > 0)
+
+    cdef double timer_delay_s(self) except? -1:
+        return first_due(self._scheduled) - (<double>self.time() if self.stepwise else monotonic())
+
+    def _dispatch_host(self):
+        """One pass, without waiting."""
+        self.host_waits = False
+        self._run_once()
 
     # -- sock_recv() and its kin: see sock.pxi --
 

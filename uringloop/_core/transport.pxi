@@ -121,6 +121,8 @@ cdef class Transport(Entry):
         if not self.queued:
             self.loop.ready.push(self)
             self.queued = True
+            if self.loop.host_waits:
+                self.loop.wake_host()
         return 0
 
     @cython.final
