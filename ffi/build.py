@@ -20,6 +20,7 @@ FILES = (
     "fdmon_epoll.c",
     "fdmon_poll.c",
     "hosting.c",
+    "polling.c",
 )
 
 #: For both extensions that contain the core.

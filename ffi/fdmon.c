@@ -14,12 +14,19 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { WATCHES_MIN = 64 };
 
 uint32_t ul_poll_mask(uint32_t events) {
     return (uint32_t)(((events & UL_READ) ? POLLIN : 0) | ((events & UL_WRITE) ? POLLOUT : 0));
+}
+
+int64_t ul_now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
 /* ---- queues ---- */
@@ -483,7 +490,10 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
         if (mon->ready_live == 0 || mon->ready_live < (size_t)out_max || mon->sends_queued) {
             ul_host_begin_turn(mon);
             timeout_ns = mon->ready_live ? 0 : timeout_ns;
-            ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? ul_fdmon_wait(mon, timeout_ns) : 0;
+            if (timeout_ns != 0 && mon->poll_max_ns > 0)
+                ret = ul_polling_wait(mon, timeout_ns);
+            else
+                ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? ul_fdmon_wait(mon, timeout_ns) : 0;
         }
         if (ret >= 0)
             ret = mon->ops->dispatch(mon, out, out_max);
@@ -520,6 +530,8 @@ void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out) {
     out->overflows = __atomic_load_n(&mon->counts.overflows, __ATOMIC_RELAXED);
     out->downgrades = mon->downgrades;
     out->watches = mon->watches_live;
+    out->poll_ns = (uint64_t)mon->poll_ns;
+    out->polled = mon->polled;
     pthread_mutex_unlock(&mon->lock);
 }
 

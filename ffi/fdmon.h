@@ -59,6 +59,7 @@ typedef struct ul_host_fd {
 
 typedef struct ul_statistics {
     uint64_t turns, enters, sqes, cqes, overflows, downgrades, watches;
+    uint64_t poll_ns, polled; /* how long a turn looks before it sleeps; turns that found something by looking */
 } ul_statistics;
 
 typedef struct ul_setup_info {
@@ -119,9 +120,16 @@ bool ul_fdmon_need_wait(ul_fdmon *mon);
  * a descriptor cannot be made; -EBADF: closed. */
 int ul_fdmon_host_fds(ul_fdmon *mon, ul_host_fd *out, int out_max, uint64_t *version);
 
-/* Readable whenever a turn is due, for an outer loop that leaves times to the caller. io_uring: an eventfd, because a poll on a DEFER_TASKRUN ring is not
- * woken. -EOPNOTSUPP on poll, which has none. */
+/* Readable whenever a turn is due, for an outer loop that leaves times to the caller. io_uring: an eventfd, because a poll on a
+ * DEFER_TASKRUN ring is not woken. -EOPNOTSUPP on poll, which has none. */
 int ul_fdmon_fileno(ul_fdmon *mon);
+
+/* Adaptive polling, as QEMU's AioContext has it: a turn that may block first looks for events, again and again, for a time that
+ * follows how long the turns before it had to wait. poll_max_ns 0, as at first: it does not. poll_grow: the factor for more, 0
+ * means 2; poll_shrink: the divisor for less, 0 means none at all from then on. It begins anew with each call. While a turn
+ * looks, it counts as waiting. Looking costs a processor: on io_uring it reads shared memory, on epoll and poll it calls the
+ * kernel. */
+void ul_fdmon_set_polling(ul_fdmon *mon, int64_t poll_max_ns, int64_t poll_grow, int64_t poll_shrink);
 
 void ul_fdmon_statistics(ul_fdmon *mon, ul_statistics *out);
 void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
@@ -129,8 +137,9 @@ void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
 
 /* Before the host sleeps: hands every change to the kernel, and what ul_event.data pointed to; has the host woken at wake_ns, a
  * CLOCK_MONOTONIC time (negative: none). That may be once too early, when an earlier call named an earlier time. Never blocks.
- * 1: a turn is due now, and a descriptor becomes readable at once; 0: not yet, and none is readable. -EBUSY: another thread is
- * waiting on this monitor. -EBADF: closed. -EMFILE and the like: no descriptor for the time. */
+ * 1: a turn is due now, and a descriptor becomes readable at once; 0: none is known of, and none is readable but for what the
+ * kernel reports by it. On poll the list is asked for first. -EBUSY: another thread is waiting on this monitor. -EBADF: closed.
+ * -EMFILE and the like: no descriptor for the time. */
 int ul_fdmon_prepare(ul_fdmon *mon, int64_t wake_ns);
 
 /* Makes a host's descriptor readable at once: for what is due outside of the monitor. Nothing without a host. */
@@ -286,8 +295,10 @@ struct ul_fdmon {
     struct pollfd *pollfds, *pollfds_in_kernel;
     size_t pollfds_count;
 
+    int64_t poll_ns, poll_max_ns, poll_grow, poll_shrink; /* ul_fdmon_set_polling() */
+
     ul_ring_counts counts;
-    uint64_t turns, downgrades;
+    uint64_t turns, downgrades, polled;
     bool downgrade_unreported;
     ul_setup_info info; /* of the last ring and the last refusal */
 };
@@ -300,6 +311,9 @@ void ul_fdmon_poll_setup(ul_fdmon *mon); /* never fails */
 /* The owner of a quiet ring gives it away: cancels, reaps, unregisters. NULL when that is not possible. */
 ul_ring *ul_fdmon_io_uring_release(ul_fdmon *mon);
 void ul_fdmon_io_uring_after_fork(ul_fdmon *mon);
+
+/* The rule: how long to look, after a turn that looked for poll_ns was woken by an event after block_ns. */
+int64_t ul_adjusted_poll_ns(int64_t poll_ns, int64_t block_ns, int64_t poll_max_ns, int64_t poll_grow, int64_t poll_shrink);
 
 /* Services for the three monitors. */
 uint32_t ul_poll_mask(uint32_t events);                         /* UL_* to poll(2) bits */
@@ -323,6 +337,7 @@ void ul_queue_put(ul_queue *queue, ul_item item);
 ul_item ul_queue_pop(ul_queue *queue); /* of one that is not empty */
 int ul_fdmon_dispatch_ready(ul_fdmon *mon, ul_event *out, int out_max);
 int ul_fd_pollable(int fd); /* 0 or what epoll_ctl would answer */
+int64_t ul_now_ns(void);    /* CLOCK_MONOTONIC */
 
 /* For the host; hosting.c. */
 void ul_host_want_turn(ul_fdmon *mon);  /* makes it call us, if there is one */
@@ -331,9 +346,11 @@ void ul_host_end_turn(ul_fdmon *mon);   /* ... and what it has left wants the ne
 void ul_host_moves_to_epoll(ul_fdmon *mon);
 void ul_host_close(ul_fdmon *mon); /* also in a forked child: touches nothing that the parent has */
 
-/* fdmon.c, for the host. */
+/* fdmon.c, for the host and for polling. */
 void ul_fdmon_renew(ul_fdmon *mon);                   /* makes the kernel objects again after a fork */
 void ul_fdmon_downgrade(ul_fdmon *mon, int err);      /* mon->step has failed */
 int ul_fdmon_wait(ul_fdmon *mon, int64_t timeout_ns); /* of the monitor, or of the one that takes its place */
+
+int ul_polling_wait(ul_fdmon *mon, int64_t timeout_ns); /* looks, then waits; polling.c */
 
 #endif

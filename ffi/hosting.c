@@ -23,14 +23,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
-#include <time.h>
 #include <unistd.h>
-
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 /* ---- the timer ---- */
 
@@ -91,7 +84,7 @@ static bool is_due(ul_fdmon *mon) {
 
 void ul_host_begin_turn(ul_fdmon *mon) {
     empty_eventfd(mon);
-    if (mon->timerfd >= 0 && mon->armed_ns != UL_NEVER && mon->armed_ns <= now_ns())
+    if (mon->timerfd >= 0 && mon->armed_ns != UL_NEVER && mon->armed_ns <= ul_now_ns())
         set_timer(mon, UL_NEVER);
 }
 
@@ -184,12 +177,12 @@ int ul_fdmon_host_fds(ul_fdmon *mon, ul_host_fd *out, int out_max, uint64_t *ver
 static int prepare(ul_fdmon *mon, int64_t wake_ns) {
     ul_fdmon_renew(mon);
     ul_buffers_take_back(mon);
-    mon->wake_ns = wake_ns < 0 || wake_ns <= now_ns() ? UL_NEVER : wake_ns;
+    mon->wake_ns = wake_ns < 0 || wake_ns <= ul_now_ns() ? UL_NEVER : wake_ns;
     int err = host(mon);
     if (err == 0 && mon->ops->kind == UL_IO_URING)
         err = ul_fdmon_wait(mon, 0);
     empty_eventfd(mon);
-    int64_t now = now_ns();
+    int64_t now = ul_now_ns();
     bool set_anew = mon->ops->kind == UL_POLL || mon->armed_ns <= now || mon->wake_ns < mon->armed_ns;
     if (err == 0 && mon->ops->kind != UL_IO_URING && set_anew)
         err = set_timer(mon, mon->wake_ns);

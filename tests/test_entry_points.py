@@ -478,7 +478,7 @@ def test_statistics_count_and_cannot_be_changed(monitor: str) -> None:
         assert after.downgrades == 0
         with pytest.raises(dataclasses.FrozenInstanceError):
             after.turns = 0  # type: ignore[misc]
-        names = "turns enters sqes cqes overflows downgrades watches"
+        names = "turns enters sqes cqes overflows downgrades watches poll_ns polled"
         assert [field.name for field in dataclasses.fields(after)] == names.split()
     assert loop.statistics().turns == after.turns
     assert loop.monitor == monitor

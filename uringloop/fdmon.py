@@ -112,6 +112,10 @@ class Statistics:
     """Times that the monitor was lost at run time and the next one took over."""
     watches: int
     """Watches registered now."""
+    poll_ns: int
+    """How long the next wait spins before it blocks, in nanoseconds."""
+    polled: int
+    """Waits whose spinning found what they waited for, so that they did not block."""
 
 
 def resolve_monitor(monitor: str | None) -> str:
@@ -283,6 +287,10 @@ class FDMon:
             raise self.error(fd)
         return int(fd)
 
+    def set_polling(self, poll_max_ns: int, poll_grow: int, poll_shrink: int) -> None:
+        """How long a wait may spin before it blocks, and how that adapts: see `EventLoop`."""
+        lib.ul_fdmon_set_polling(self._mon, poll_max_ns, poll_grow, poll_shrink)
+
     def host_version(self) -> int:
         """Another number whenever `host_fds()` has changed."""
         lib.ul_fdmon_host_fds(self._mon, ffi.NULL, 0, self._host_version)
@@ -373,6 +381,8 @@ class FDMon:
             overflows=raw.overflows,
             downgrades=raw.downgrades,
             watches=raw.watches,
+            poll_ns=raw.poll_ns,
+            polled=raw.polled,
         )
 
     # -- its end --

@@ -69,6 +69,8 @@ _RECEIVE_MODES: Final = ("readiness", "auto", "ring")
 #: The default, the least and the most of URINGLOOP_RECV_BYTES.
 _RECV_BYTES: Final = (_STREAM_READ_MAX_BYTES, 4096, 16 * 1024 * 1024)
 
+_POLL_MAX: Final = 2**62  # as for timeouts
+
 
 class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
     """An asyncio event loop that waits through io_uring, or through epoll or poll where io_uring is
@@ -83,12 +85,21 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
     For measuring: URINGLOOP_SEND ("now", "callback", "turn" or "ring": when a write leaves),
     URINGLOOP_RECEIVE ("readiness", "auto" or "ring": who receives on io_uring) and
     URINGLOOP_RECV_BYTES (4096 to 16777216: how much one read takes), read when a loop is made.
+
+    Adaptive polling, as QEMU's AioContext has it, trades CPU time for latency: before it sleeps, a
+    wait looks for events for a while. That grows while it would have spared the sleep, up to
+    `poll_max_ns`, and shrinks when nothing comes for longer. Off by default. On io_uring looking
+    reads the ring's memory, on epoll and poll it repeats the system call. Other threads have the
+    interpreter meanwhile. docs/polling.md has the figures.
+
+        loop.poll_max_ns = 50_000  # or the environment variable URINGLOOP_POLL_MAX_NS
     """
 
     def __init__(self, *, monitor: str | None = None) -> None:
         send_policy = _chosen("URINGLOOP_SEND", _SEND_POLICIES, "turn")
         receive_mode = _chosen("URINGLOOP_RECEIVE", _RECEIVE_MODES, "auto")
         recv_bytes = _number("URINGLOOP_RECV_BYTES", *_RECV_BYTES)
+        poll_max_ns = _number("URINGLOOP_POLL_MAX_NS", 0, 0, _POLL_MAX)
         selector = _LoopSelector(monitor)
         try:
             self._open(selector, send_policy, receive_mode, recv_bytes)
@@ -101,6 +112,9 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         self._transports = _Transports(self)
         self._uring_selector = selector
         self._fdmon = selector._fdmon
+        self._polling = {"poll_max_ns": 0, "poll_grow": 0, "poll_shrink": 0}
+        if poll_max_ns:
+            self.poll_max_ns = poll_max_ns
 
     @property
     def monitor(self) -> str:
@@ -119,6 +133,52 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         Safe from any thread; after `close()` the last values.
         """
         return self._uring_selector.statistics()
+
+    @property
+    def poll_max_ns(self) -> int:
+        """The longest that a wait looks before it sleeps, in nanoseconds; 0, the default, is not at
+        all. Setting any of the three starts anew, from not looking.
+
+        Worth it where the next message comes within some tens of microseconds: 50_000, say. Raises
+        TypeError for what is no int, ValueError for a negative one.
+        """
+        return self._polling["poll_max_ns"]
+
+    @poll_max_ns.setter
+    def poll_max_ns(self, value: int) -> None:
+        self._set_polling("poll_max_ns", value)
+
+    @property
+    def poll_grow(self) -> int:
+        """What the time to look is multiplied by when it was too short; 0, the default, means 2. It
+        begins at 4 us. Errors as for `poll_max_ns`; `loop.poll_grow = 4` is more eager.
+        """
+        return self._polling["poll_grow"]
+
+    @poll_grow.setter
+    def poll_grow(self, value: int) -> None:
+        self._set_polling("poll_grow", value)
+
+    @property
+    def poll_shrink(self) -> int:
+        """What the time to look is divided by when nothing came within `poll_max_ns`; 0, the
+        default, ends it at once. Errors as for `poll_max_ns`; `loop.poll_shrink = 2` is more
+        patient.
+        """
+        return self._polling["poll_shrink"]
+
+    @poll_shrink.setter
+    def poll_shrink(self, value: int) -> None:
+        self._set_polling("poll_shrink", value)
+
+    def _set_polling(self, name: str, value: int) -> None:
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+        if not 0 <= value <= _POLL_MAX:
+            raise ValueError(f"{name} must be from 0 to {_POLL_MAX}, not {value}")
+        self._check_closed()  # type: ignore[attr-defined]
+        self._polling[name] = value
+        self._fdmon.set_polling(**self._polling)
 
     # Signatures are asyncio's, which differ between Pythons (3.15 passes context=): everything is
     # handed on.

@@ -158,6 +158,17 @@ static inline bool waits_at_least(ul_fdmon *mon, int64_t timeout_ns) {
     return wait.takes_its_time;
 }
 
+/* Returns once the other thread is in the kernel. */
+static inline void until_somebody_waits(ul_fdmon *mon) {
+    bool waiting = false;
+    for (int64_t deadline = now_ns() + SOON; !waiting && now_ns() < deadline;) {
+        pthread_mutex_lock(&mon->lock);
+        waiting = mon->waiting;
+        pthread_mutex_unlock(&mon->lock);
+    }
+    CHECK(waiting);
+}
+
 /* Whether the peer of a closed socket reads the end of file. */
 static inline bool sees_end_of_file(int fd, int timeout_ms) {
     struct pollfd pollfd = {.fd = fd, .events = POLLIN};

@@ -179,11 +179,7 @@ static void a_fork_while_another_thread_waits_gives_a_child_that_works(enum ul_k
     pthread_t waiter;
     CHECK(ul_fdmon_update(mon, pair.ours, UL_READ) == 0);
     CHECK(pthread_create(&waiter, NULL, wait_until_ready, mon) == 0);
-    for (bool waiting = false; !waiting;) {
-        pthread_mutex_lock(&mon->lock);
-        waiting = mon->waiting;
-        pthread_mutex_unlock(&mon->lock);
-    }
+    until_somebody_waits(mon);
     pid_t child = fork();
     if (child == 0) {
         struct pair own = open_pair();

@@ -39,17 +39,6 @@ static void run_in_thread(struct caller *caller, void *(*run)(void *)) {
     pthread_join(caller->thread, NULL);
 }
 
-/* Returns once the other thread is in the kernel. */
-static void until_somebody_waits(ul_fdmon *mon) {
-    bool waiting = false;
-    for (int64_t deadline = now_ns() + SOON; !waiting && now_ns() < deadline;) {
-        pthread_mutex_lock(&mon->lock);
-        waiting = mon->waiting;
-        pthread_mutex_unlock(&mon->lock);
-    }
-    CHECK(waiting);
-}
-
 static void *remove_when_somebody_waits(void *argument) {
     struct caller *caller = argument;
     until_somebody_waits(caller->mon);
