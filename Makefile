@@ -9,10 +9,12 @@
 #   make lint | types | test-c | test-python | test-slow | test-asan | test-wheel | test-matrix | format | clean
 #
 #   PYTHON=python3.12   the interpreter; each chosen one gets an environment of its own, .venv-3.12
+#   EXTRAS=dev,hosts    GLib and Qt for the tests that run in them, which skip otherwise (what it needs of Debian: .ci/run)
 #   PYTHONS="..."       the interpreters of test-matrix, by default all of 3.11+ on PATH and in pyenv
 #   JOBS=2              test processes;  TESTS="tests/test_cli.py -k doctor"  which tests
 
 PYTHON ?= python3
+EXTRAS ?= dev
 CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
 JOBS ?= 2
 TESTS ?= tests
@@ -32,6 +34,7 @@ PLACE := $(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(basename $(ID)))
 BIN := $(VENV)/bin
 MADE := $(VENV)/made-$(ID)-$(PLACE)
+INSTALLED := $(VENV)/installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SOURCES := pyproject.toml setup.py $(wildcard ffi/*.c ffi/*.h ffi/*.py uringloop/_core/*.p*)
@@ -58,7 +61,7 @@ $(MADE):
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# One extra of pyproject.toml, with the package built from this checkout. Built anew when a source is newer,
+# Extras of pyproject.toml, with the package built from this checkout. Built anew when a source is newer,
 # or when an extension is gone.
 $(VENV)/installed-%: $(MADE) $(SOURCES) $(if $(BUILT),,FORCE)
 	$(check-cc)
@@ -90,7 +93,7 @@ test-all: test test-slow test-asan test-wheel test-matrix
 C_FILES := $(wildcard ffi/*.[ch] tests/c/*.[ch] benchmarks/*.[ch])
 
 # cython-lint parses a .pxi file only under the name of a module of its own; it finds pycodestyle on PATH.
-lint: $(VENV)/installed-dev
+lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
@@ -99,12 +102,12 @@ lint: $(VENV)/installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint --max-line-length 120 uringloop/_core/*.pyx uringloop/_core/*.pxd build/lint/*.pyx \
 	  | sed 's|^$(CURDIR)/||; s|^build/lint/\(.*\)\.pyx|uringloop/_core/\1.pxi|'
 
-format: $(VENV)/installed-dev
+format: $(INSTALLED)
 	$(BIN)/python -m ruff check --fix-only .
 	$(BIN)/python -m ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-types: $(VENV)/installed-dev
+types: $(INSTALLED)
 	$(BIN)/python -m mypy
 
 # Tests that measure time or load are marked "alone": they run first, in one process, with nothing beside them.
@@ -115,10 +118,10 @@ define pytest
 	$(PYTEST) -n $(JOBS) --dist worksteal -m 'not alone and $(1)' $(TESTS)
 endef
 
-test-python: $(VENV)/installed-dev
+test-python: $(INSTALLED)
 	$(call pytest,not slow)
 
-test-slow: $(VENV)/installed-dev
+test-slow: $(INSTALLED)
 	$(call pytest,slow)
 
 # The same tests over extensions that are built with ASan and UBSan, in a copy of this checkout with an environment
@@ -128,7 +131,7 @@ test-slow: $(VENV)/installed-dev
 # the count of page faults, which are ASan's own here.
 ASAN := build/asan
 ASAN_TREE := $(ASAN)/tree
-ASAN_MADE := $(ASAN)/made-$(ID)-$(PLACE)
+ASAN_MADE := $(ASAN)/made-$(ID)-$(PLACE)-$(EXTRAS)
 ASAN_FLAGS := -fsanitize=address,undefined
 ASAN_TESTS := tests --ignore=tests/conformance \
   --deselect=tests/test_contract.py::test_a_message_of_1_kib_maps_no_memory
@@ -136,22 +139,23 @@ ASAN_LIBRARIES = $(foreach name,asan ubsan,$(shell $(CC) -print-file-name=lib$(n
 ASAN_ENVIRONMENT = LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc URINGLOOP_TEST_SANITIZED=1 \
   ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:log_path=$(CURDIR)/$(ASAN)/found \
   UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(ASAN)/found
-ASAN_COPY = tar -c --exclude='*.so' --exclude=__pycache__ ffi tests uringloop setup.py pyproject.toml README.md LICENSE \
+ASAN_COPY = tar -c --exclude='*.so' --exclude=__pycache__ ffi tests examples uringloop setup.py pyproject.toml README.md LICENSE \
   | tar -x -C $(ASAN_TREE)
 
-$(ASAN_MADE): $(MADE) $(SOURCES)
+# pip keeps what it builds, whatever the flags: PyGObject is built before them, in the other environment.
+$(ASAN_MADE): $(INSTALLED) $(SOURCES)
 	$(check-cc)
 	rm -rf $(ASAN) && mkdir -p $(ASAN_TREE)
 	$(ASAN_COPY)
 	$(PYTHON) -m venv $(ASAN)/venv
 	CC="$(CC)" CFLAGS="$(ASAN_FLAGS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g" LDFLAGS="$(ASAN_FLAGS)" \
-	  $(ASAN)/venv/bin/python -m pip --disable-pip-version-check --quiet install --editable '$(ASAN_TREE)[dev]'
+	  $(ASAN)/venv/bin/python -m pip --disable-pip-version-check --quiet install --editable '$(ASAN_TREE)[$(EXTRAS)]'
 	@touch $@
 
 test-asan: PYTEST = cd $(ASAN_TREE) && $(ASAN_ENVIRONMENT) ../venv/bin/python -m pytest
 test-asan: TESTS = $(ASAN_TESTS)
 test-asan: $(ASAN_MADE)
-	rm -rf $(ASAN_TREE)/tests $(ASAN)/found*
+	rm -rf $(ASAN_TREE)/{tests,examples} $(ASAN)/found*
 	$(ASAN_COPY)
 	cd $(ASAN_TREE) && $(ASAN_ENVIRONMENT) ../venv/bin/python -c 'import uringloop.loop, pathlib; \
 	  maps = pathlib.Path("/proc/self/maps").read_text(); assert "libasan" in maps and "$(ASAN_TREE)" in maps'
@@ -184,7 +188,7 @@ test-c: $(C_TESTS)
 	@echo "test-c: $(words $(C_TESTS)) programs passed under ASan and UBSan"
 
 # What users get: the wheel, made from the source archive, alone in an environment without this checkout.
-test-wheel: $(VENV)/installed-dev
+test-wheel: $(INSTALLED)
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) install build
 	$(BIN)/python -m build --outdir build/wheel . >build/wheel/log 2>&1 || { cat build/wheel/log >&2; exit 1; }
@@ -210,6 +214,6 @@ test-matrix:
 
 clean:
 	rm -rf build dist .venv .venv-* uringloop/_fdmon*.so uringloop/_core/core*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find uringloop ffi tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find uringloop ffi tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: FORCE help run doctor bench test test-all lint format types test-python test-slow test-c test-asan test-wheel test-matrix clean

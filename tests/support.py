@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -21,6 +22,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+
+import pytest
 
 import uringloop
 
@@ -69,6 +72,22 @@ def python(
         text=True,
         timeout=limit,
     )
+
+
+@functools.cache
+def _failure_of(statement: str) -> str | None:
+    done = python("-c", statement)
+    return done.stderr.strip().rpartition("\n")[2] if done.returncode else None
+
+
+def require(what: str, statement: str) -> None:
+    """Skip the test, or the module, where Python cannot run the statement; fail it in our CI."""
+    if (failure := _failure_of(statement)) is None:
+        return
+    reason = f"{what} cannot be used here ({failure}); `make test EXTRAS=dev,hosts` installs it"
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must have it: {reason}")
+    pytest.skip(reason, allow_module_level=True)
 
 
 # ---------------------------------------------------------------------- a function in a child

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import signal
 import socket
 import statistics
@@ -26,14 +27,16 @@ from tests.support import (
     in_thread,
     make_loop_named,
     python,
+    require,
     unexpected,
 )
 
 if TYPE_CHECKING:
     import uringloop
 
-GLib: Any = pytest.importorskip("gi.repository.GLib", reason="PyGObject is not installed")
-glib: Any = pytest.importorskip("uringloop.glib")
+require("PyGObject", "from gi.repository import GLib")
+GLib: Any = importlib.import_module("gi.repository.GLib")
+glib: Any = importlib.import_module("uringloop.glib")
 GLib.MainContext.default().iteration(False)  # makes the descriptor that the context keeps
 
 
