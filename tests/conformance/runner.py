@@ -1,15 +1,17 @@
 """Runs CPython's own asyncio and selectors tests with uringloop in the place of asyncio's loop.
 
     python -m tests.conformance.runner --monitor epoll test_events test_selectors
+    python -m tests.conformance.runner --monitor epoll --host glib test_events
     python -m tests.conformance.runner --monitor stock test.test_asyncio.test_tasks.SleepTests
 
 A process of its own, because it replaces asyncio's classes for good. A module name runs the module
-without the ids that whitebox.py lists; a longer name runs whatever the list says.
+without the ids that whitebox.py lists; a longer name runs whatever the list says. `--host glib`
+makes loops that wait in GLib.
 
 The promise: what is counted as a loop of ours is a `uringloop.EventLoop` on the monitor that was
-asked for, and a loop of asyncio's own that a test made all the same is counted too, so nobody can
-mistake a green run of asyncio for one of uringloop. `--monitor stock` replaces nothing: that is the
-control.
+asked for, in the host that was asked for, and a loop of asyncio's own that a test made all the same
+is counted too, so nobody can mistake a green run of asyncio for one of uringloop. `--monitor stock`
+replaces nothing: that is the control.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ STOCK = "stock"
 TEST_TIMEOUT_S = 120  # the longest test of the suites takes 12 s on a quiet machine
 SELECTOR_TESTS = "test.test_selectors.UringloopSelectorTestCase"
 
-# What the tests made: counts by "ours", by the name of a loop class of asyncio's, "own" (a loop
-# class which the test itself defines), "selectors" (of ours), "turns" (of our loops, till closed).
+# What the tests made: counts by "ours", by the name of another loop class of asyncio's or ours,
+# "own" (a loop class which the test itself defines), "selectors" (of ours), "turns" (of our loops,
+# till closed), "hosted" (turns that a host had them make).
 made: collections.Counter[str] = collections.Counter()
 
 
@@ -58,17 +61,18 @@ def count_every_loop(ours: type | None) -> None:
         construct(self, *args, **kwargs)
         if ours is None or not isinstance(self, ours):
             cls = type(self)
-            made[cls.__name__ if cls.__module__.startswith("asyncio.") else "own"] += 1
+            foreign = cls.__module__.startswith(("asyncio.", "uringloop."))
+            made[cls.__name__ if foreign else "own"] += 1
 
     base.__init__ = counting  # type: ignore[method-assign]
 
 
-def install(monitor: str) -> type:
+def install(monitor: str, host: str | None) -> type:
     """Puts uringloop wherever a test can make a loop or a selector, and counts what is made."""
     os.environ["URINGLOOP_MONITOR"] = monitor
     import uringloop
 
-    loop_class: Any = uringloop.EventLoop
+    loop_class: Any = uringloop.EventLoop if host is None else in_glib()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         policy_class = uringloop.EventLoopPolicy
@@ -87,6 +91,21 @@ def install(monitor: str) -> type:
         asyncio.unix_events.DefaultEventLoopPolicy = policy_class
     selectors.DefaultSelector = uringloop.Selector  # type: ignore[assignment,misc]
     return loop_class  # type: ignore[no-any-return]
+
+
+def in_glib() -> type:
+    """The class of our loops that wait in GLib; the policy makes these, and their turns count."""
+    from uringloop import glib, hosted, policy
+
+    dispatch = hosted.Hosted.dispatch
+
+    def counting(self: Any) -> None:
+        made["hosted"] += 1
+        dispatch(self)
+
+    hosted.Hosted.dispatch = counting  # type: ignore[method-assign]
+    policy.EventLoop = glib.GLibEventLoop  # type: ignore[attr-defined]
+    return glib.GLibEventLoop
 
 
 def take_stock_selectors(loop_class: Any, monitor: str) -> None:
@@ -266,12 +285,13 @@ def watch_unraisable(seen: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--monitor", required=True, choices=["io_uring", "epoll", "poll", STOCK])
+    parser.add_argument("--host", choices=["glib"], help="whose main loop carries the loops")
     parser.add_argument("--json", help="where to write the result")
     parser.add_argument("names", nargs="+", metavar="MODULE-OR-ID")
     options = parser.parse_args()
     faulthandler.enable()
     stock = options.monitor == STOCK
-    count_every_loop(None if stock else install(options.monitor))
+    count_every_loop(None if stock else install(options.monitor, options.host))
     unraisable: list[dict[str, Any]] = []
     watch_unraisable(unraisable)
     from test.support import os_helper

@@ -1,9 +1,9 @@
 """CPython's `test_selectors` and `test_asyncio`, of the running interpreter, on uringloop.
 
 The promise: on each monitor every test passes that whitebox.py does not list, on loops that are
-ours. A failure counts as ours unless the same test, run as a control, fails on stock asyncio on
-this machine too (no IPv6, no name server...); that, and each second try of a test in
-`whitebox.FLAKY`, is said in a warning that pytest shows.
+ours, and again on loops that wait in GLib's main loop. A failure counts as ours unless the same
+test, run as a control, fails on stock asyncio on this machine too (no IPv6, no name server...);
+that, and each second try of a test in `whitebox.FLAKY`, is said in a warning that pytest shows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 import uringloop
+from tests.support import require
 
 from . import whitebox
 
@@ -62,12 +63,16 @@ STOCK_LOOPS = {
     "test_proactor_events": {"BaseProactorEventLoop"},
 }
 
+MOST_TURNS_BY_A_TEST = 3  # in a module: test_events calls _run_once() itself
 
-def modules_of(group: str) -> list[str]:
+
+def modules_of(group: str, host: str | None) -> list[str]:
+    """In a host only those that make loops of ours."""
     import test.test_asyncio
 
     (folder,) = test.test_asyncio.__path__
-    here = {path.stem for path in Path(folder).glob("test_*.py")} | {"test_selectors"}
+    here = {path.stem for path in Path(folder).glob("test_*.py")}
+    here = here | {"test_selectors"} if host is None else here - NO_LOOP_OF_OURS.keys()
     if group != "rest":
         return [name for name in GROUPS[group] if name in here]
     return sorted(here.difference(*GROUPS.values()))
@@ -98,6 +103,15 @@ def monitor(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=[None, pytest.param("glib", marks=pytest.mark.slow)], ids=["own", "glib"])
+def host(request: pytest.FixtureRequest) -> str | None:
+    """Whose main loop waits: None for our own."""
+    name: str | None = request.param
+    if name == "glib":
+        require("PyGObject", "from gi.repository import GLib")
+    return name
+
+
 def environment() -> dict[str, str]:
     """Ours, without what would change the tests; the child shall find the uringloop we found."""
     drop = ("PYTHONASYNCIODEBUG", "PYTHONDEVMODE", "PYTHONWARNINGS", "URINGLOOP_MONITOR")
@@ -109,18 +123,19 @@ def environment() -> dict[str, str]:
 
 
 Document = dict[str, Any]
-Run = Callable[[str, Iterable[str]], Document]
+Run = Callable[[str, str | None, Iterable[str]], Document]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Runs modules or ids in a bounded process of their own; its log comes with any failure."""
 
-    def run_names(monitor: str, names: Iterable[str]) -> Document:
+    def run_names(monitor: str, host: str | None, names: Iterable[str]) -> Document:
         out, log = tmp_path / f"{monitor}.json", tmp_path / f"{monitor}.log"
         out.unlink(missing_ok=True)
         script = str(Path(__file__).with_name("runner.py"))
         command = [sys.executable, script, "--monitor", monitor, "--json", str(out), *names]
+        command += ["--host", host] if host else []
         with log.open("w") as stream:
             process = subprocess.Popen(
                 command,
@@ -153,13 +168,15 @@ def last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2]
 
 
-def judge(monitor: str, failures: dict[str, str], run: Run) -> tuple[list[str], list[str]]:
+def judge(
+    monitor: str, host: str | None, failures: dict[str, str], run: Run
+) -> tuple[list[str], list[str]]:
     """Splits failures into what is ours and what is only to be reported."""
     if not failures:
         return [], []
     ids = [key for key in failures if key.startswith("test.")]  # not "setUpClass (...)"
-    control = failures_of(run("stock", ids)) if ids else {}
-    again = failures_of(run(monitor, ids)) if ids else {}
+    control = failures_of(run("stock", None, ids)) if ids else {}
+    again = failures_of(run(monitor, host, ids)) if ids else {}
     ours, notes = [], []
     for key, text in failures.items():
         if key in control:
@@ -173,11 +190,11 @@ def judge(monitor: str, failures: dict[str, str], run: Run) -> tuple[list[str], 
     return ours, notes
 
 
-def whose_loops(report: dict[str, Any]) -> list[str]:
+def whose_loops(report: dict[str, Any], host: str | None) -> list[str]:
     """What is wrong with the loops that one module made."""
     name = report["name"].rpartition(".")[2]
     count = report["made"]
-    fine = {"ours", "own", "selectors", "turns"} | STOCK_LOOPS.get(name, set())
+    fine = {"ours", "own", "selectors", "turns", "hosted"} | STOCK_LOOPS.get(name, set())
     wrong = [
         f"{name} made {count[stock]} loops of class {stock} behind our back"
         for stock in sorted(count.keys() - fine)
@@ -185,19 +202,22 @@ def whose_loops(report: dict[str, Any]) -> list[str]:
     wanted = ["selectors"] if name == "test_selectors" else ["ours", "turns"]
     if name not in NO_LOOP_OF_OURS:
         wrong += [f"{name} made no {what}" for what in wanted if not count.get(what)]
+    if host and count.get("turns", 0) > count.get("hosted", 0) + MOST_TURNS_BY_A_TEST:
+        wrong.append(f"{name} made turns that no host asked for: {count}")
     return wrong
 
 
-def summary(monitor: str, group: str, document: Document) -> str:
+def summary(monitor: str, host: str | None, group: str, document: Document) -> str:
     reports = document["reports"]
     python = document["python"].split()[0]
+    where = f"{monitor} in {host}" if host else monitor
     ran = sum(len(one["ids"]) for one in reports)
     skips = sum(len(one["skips"]) for one in reports)
     loops = sum(one["made"].get("ours", 0) for one in reports)
     seconds = sum(one["seconds"] for one in reports)
     slowest_s, slowest = max(tuple(one["slowest"]) for one in reports)
     return (
-        f"{python} {monitor} {group}: {ran} tests ({skips} skips), {loops} loops of ours, "
+        f"{python} {where} {group}: {ran} tests ({skips} skips), {loops} loops of ours, "
         f"{len(failures_of(document))} failures, {seconds:.0f} s, "
         f"slowest {slowest_s:.0f} s: {'.'.join(slowest.split('.')[-2:])}"
     )
@@ -206,14 +226,18 @@ def summary(monitor: str, group: str, document: Document) -> str:
 @pytest.mark.filterwarnings("always:conformance")  # a note is to be read, not an error
 @pytest.mark.parametrize("group", GROUPS)
 def test_cpythons_own_tests_pass_on_loops_of_ours(
-    monitor: str, group: str, run: Run, record_property: Callable[[str, object], None]
+    monitor: str,
+    host: str | None,
+    group: str,
+    run: Run,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    document = run(monitor, modules_of(group))
-    record_property("conformance", summary(monitor, group, document))
-    ours, notes = judge(monitor, failures_of(document), run)
+    document = run(monitor, host, modules_of(group, host))
+    record_property("conformance", summary(monitor, host, group, document))
+    ours, notes = judge(monitor, host, failures_of(document), run)
     for note in notes:
         warnings.warn(f"conformance: {note}", stacklevel=1)
-    wrong = [line for one in document["reports"] for line in whose_loops(one)]
+    wrong = [line for one in document["reports"] for line in whose_loops(one, host)]
     wrong += [entry["text"] for entry in document["unraisable"] if entry["ours"]]
     assert not ours + wrong, "\n\n".join(ours + wrong)
 
@@ -222,7 +246,7 @@ def test_each_left_out_test_exists_and_still_fails(monitor: str, run: Run) -> No
     listed = whitebox.left_out()
     if not listed:
         pytest.skip("no test is left out on this Python")
-    document = run(monitor, listed)
+    document = run(monitor, None, listed)
     ran = {key for one in document["reports"] for key in one["ids"]}
     assert not listed.keys() - ran, "listed, but no longer there"
     assert not listed.keys() - failures_of(document).keys(), "passes now: take it off the list"
