@@ -233,21 +233,23 @@ class Brief(Peer):
 ENDINGS = ["close", "abort", "half", "reset", "pause", "close", "abort", "half", "close", "flood"]
 
 
+async def one(kind: type[asyncio.BaseProtocol], address: tuple[str, int]) -> None:
+    _, client = await asyncio.get_running_loop().create_connection(
+        cast("type[Peer]", kind), *address
+    )
+    await client.lost()
+
+
+async def stream(address: tuple[str, int]) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"request")
+    await reader.readexactly(7)
+    writer.close()
+    await writer.wait_closed()
+
+
 def connect_much(monitor: str, connections: int) -> list[Facts]:
     """Many connections of one request each; what is held after each half."""
-
-    async def one(kind: type[asyncio.BaseProtocol], address: tuple[str, int]) -> None:
-        _, client = await asyncio.get_running_loop().create_connection(
-            cast("type[Peer]", kind), *address
-        )
-        await client.lost()
-
-    async def stream(address: tuple[str, int]) -> None:
-        reader, writer = await asyncio.open_connection(*address)
-        writer.write(b"request")
-        await reader.readexactly(7)
-        writer.close()
-        await writer.wait_closed()
 
     async def main() -> list[Facts]:
         loop = asyncio.get_running_loop()
