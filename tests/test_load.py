@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import random
 import socket
 import threading
@@ -319,6 +320,106 @@ def test_a_slow_reader_gets_all_of_12_mib(sending_loop: AnyLoop, style: str) -> 
 @STYLED
 def test_a_slow_reader_gets_all_of_100_mib(any_loop: AnyLoop, style: str) -> None:
     run(any_loop, stream_slowly(style, payload(256 * 1024), 400), limit=120)
+
+
+# ---------------------------------------------------------------------------------- narrow sockets
+
+#: Both ways to receive, and all to send, under readiness and requests of the ring.
+ENGINES = pytest.mark.parametrize(
+    "any_loop",
+    ["stock", "epoll", *(f"io_uring {mode}" for mode in ("readiness", "auto", "ring", "sends"))],
+    indirect=True,
+)
+
+
+def narrow_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected TCP sockets that hold a few KiB: nearly every send is short."""
+    with socket.socket() as listener:
+        near = socket.socket()
+        for sock in (listener, near):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        near.connect(listener.getsockname())
+        far, _ = listener.accept()  # with the listener's sizes
+    far.setblocking(False)
+    return near, far
+
+
+@ENGINES
+@pytest.mark.parametrize("seed", [1, 2])
+def test_messages_of_random_sizes_pass_narrow_sockets_both_ways(
+    any_loop: AnyLoop, seed: int
+) -> None:
+    async def main() -> None:
+        source = random.Random(seed)
+        sizes = [1, MIB, *(int(2 ** source.uniform(0, 20)) for _ in range(20))]
+        source.shuffle(sizes)
+        near, far = narrow_pair()
+        with far:
+            _, echo = await any_loop.create_connection(Echo, sock=near)
+
+            async def send() -> None:
+                for number, size in enumerate(sizes):
+                    await any_loop.sock_sendall(far, payload(size, number))
+                far.shutdown(socket.SHUT_WR)
+
+            sending = asyncio.create_task(send())
+            answer = await read_to_end(far)
+            await sending
+            await echo.lost()
+        meant = b"".join(payload(size, number) for number, size in enumerate(sizes))
+        assert digest(answer) == digest(echo.data) == digest(meant), f"seed {seed}"
+
+    run(any_loop, main(), limit=30)
+
+
+async def hold_back(total_bytes: int) -> None:
+    """Write to a peer that at first reads nothing, then everything; what waits stays bounded."""
+    loop = asyncio.get_running_loop()
+    source = random.Random(1)
+    data = payload(100_000)
+    meant, came = hashlib.sha256(), hashlib.sha256()
+    near, far = narrow_pair()
+    transport, writer = await loop.create_connection(Writer, sock=near)
+    _, high = transport.get_write_buffer_limits()
+
+    async def write() -> None:
+        left = total_bytes
+        while left:
+            await writer.may_write.wait()
+            start, size = source.randrange(1000), source.choice([1, 1000, 10_000, 99_000])
+            chunk = data[start : start + min(size, left)]
+            transport.write(chunk)
+            assert transport.get_write_buffer_size() <= high + len(chunk)
+            meant.update(chunk)
+            left -= len(chunk)
+            await turns(source.randrange(2))
+        transport.close()
+
+    with far:
+        writing = asyncio.create_task(write())
+        await writer.has("pause")
+        await turns(100)
+        assert not writing.done()
+        while piece := await loop.sock_recv(far, 256 * 1024):
+            came.update(piece)
+        await writing
+        await writer.lost()
+    assert came.digest() == meant.digest()
+    assert writer.error is None
+
+
+@ENGINES
+def test_a_peer_that_reads_nothing_for_a_while_gets_all_of_4_mib(any_loop: AnyLoop) -> None:
+    run(any_loop, hold_back(4 * MIB), limit=30)
+
+
+@pytest.mark.slow
+@ENGINES
+def test_a_peer_that_reads_nothing_for_a_while_gets_all_of_100_mib(any_loop: AnyLoop) -> None:
+    run(any_loop, hold_back(100 * MIB), limit=300)
 
 
 # ---------------------------------------------------------------------------------- the send modes

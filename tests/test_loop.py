@@ -35,6 +35,7 @@ import pytest
 
 import uringloop
 from tests import support
+from tests.conftest import MONITORS
 from tests.support import run
 from uringloop import loop as loop_module
 
@@ -581,14 +582,25 @@ def test_300_tcp_connections_made_in_one_turn_are_all_served(loop: Loop) -> None
     assert run(loop, main()) == [b"%03d" % number for number in range(300)]
 
 
+def exchange_in_small_and_large(sock: socket.socket, rounds: int) -> int:
+    """With an echo server; how many bytes that were."""
+    sizes = [1, 100, 100, 100, 2048, 20_000, 50_000] * rounds
+    for size in sizes:
+        sock.sendall(data := payload(size))
+        assert sock.recv(size, socket.MSG_WAITALL) == data
+    return sum(sizes)
+
+
 OUT_OF_DESCRIPTORS = """
 import asyncio, json, os, resource, sys
 import uringloop
 
 class Echo(asyncio.Protocol):
+    count = 0
     def connection_made(self, transport):
         self.transport = transport
     def data_received(self, data):
+        Echo.count += len(data)
         self.transport.write(data)
 
 async def main():
@@ -607,13 +619,21 @@ async def main():
     print(server.sockets[0].getsockname()[1], flush=True)
     await done
     server.close()
-    print(json.dumps({"refused": sorted(set(refused)), "turns": turns[1] - turns[0]}))
+    turned = turns[1] - turns[0]
+    print(json.dumps({"refused": sorted(set(refused)), "turns": turned, "bytes": Echo.count}))
 
 uringloop.run(main(), monitor=sys.argv[1])
 """
 
 
-def test_a_server_out_of_descriptors_says_so_pauses_and_recovers(monitor: str) -> None:
+@pytest.mark.parametrize(
+    "monitor",
+    [*MONITORS, "io_uring readiness", "io_uring ring", "io_uring sends"],
+    indirect=True,
+)
+def test_a_server_out_of_descriptors_says_so_goes_on_for_its_clients_and_recovers(
+    monitor: str,
+) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", OUT_OF_DESCRIPTORS, monitor],
         env=support.child_environment(),
@@ -623,6 +643,8 @@ def test_a_server_out_of_descriptors_says_so_pauses_and_recovers(monitor: str) -
     with child, contextlib.ExitStack() as clients:
         assert child.stdout
         port = int(child.stdout.readline())
+        busy = clients.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+        exchange_in_small_and_large(busy, rounds=2)
         asked = []
         for _ in range(14):
             sock = clients.enter_context(socket.create_connection(("127.0.0.1", port), 10))
@@ -639,13 +661,15 @@ def test_a_server_out_of_descriptors_says_so_pauses_and_recovers(monitor: str) -
         assert served == [b"ping"] * len(served)
         assert len(served) >= 5, "the limit was to let some in"
         assert waiting, "the limit was to keep some out"
+        exchanged = 2 * exchange_in_small_and_large(busy, rounds=2)
         for sock in waiting:
             sock.settimeout(10)
             assert sock.recv(4) == b"ping"
         out, _ = child.communicate(timeout=10)
     report = json.loads(out)
     assert report["refused"] == ["socket.accept() out of system resource"]
-    assert report["turns"] < 100, "it spun while it had no descriptors"
+    assert report["turns"] < 1000, "it spun while it had no descriptors"
+    assert report["bytes"] == exchanged + 4 * len(asked)
 
 
 # ---------------------------------------------------------------------------------------------- TLS
@@ -1307,6 +1331,36 @@ def test_a_reader_is_called_every_turn_while_there_is_data(loop: Loop) -> None:
         return bytes(got)
 
     assert run(loop, main()) == b"level"
+
+
+def test_1000_readers_added_in_one_callback_are_called_in_their_order(
+    loop: Loop, many_files: None
+) -> None:
+    """More than the ring's queue has places."""
+
+    async def main() -> None:
+        called = []
+
+        def take(number: int, sock: socket.socket) -> None:
+            called.append((number, sock.recv(10)))
+            loop.remove_reader(sock)
+
+        def add_all() -> None:
+            for number, (near, _) in enumerate(pairs):
+                loop.add_reader(near, take, number, near)
+
+        with contextlib.ExitStack() as stack:
+            pairs = [socket.socketpair() for _ in range(1000)]
+            for number, (near, far) in enumerate(pairs):
+                stack.enter_context(near)
+                stack.enter_context(far)
+                far.send(b"%d" % number)
+            loop.call_soon(add_all)
+            while len(called) < len(pairs):
+                await asyncio.sleep(0)
+        assert called == [(number, b"%d" % number) for number in range(1000)]
+
+    run(loop, main())
 
 
 def test_a_writer_is_called_every_turn_while_there_is_room(loop: Loop) -> None:

@@ -603,6 +603,30 @@ def test_1000_connections_that_send_at_once_overrun_the_buffers_and_lose_nothing
     run(any_loop, main(), limit=30)
 
 
+def test_1000_connections_resumed_in_one_callback_receive_each_their_own_bytes(
+    any_loop: AnyLoop, many_files: None
+) -> None:
+    """Several requests each: more than the ring's queue has places. Which of them comes first is
+    not promised; where there are fewer buffers than messages the rest is received later.
+    """
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            ends = [await stack.enter_async_context(warm()) for _ in range(1000)]
+            for number, (diary, sock) in enumerate(ends):
+                diary.transport.pause_reading()
+                sock.send(b"%d" % number)
+            await turns()
+            for diary, _ in ends:
+                diary.transport.resume_reading()
+            for number, (diary, _) in enumerate(ends):
+                await diary.received(len(b"%d" % number))
+            await turns()
+            assert [diary.data for diary, _ in ends] == [b"%d" % number for number in range(1000)]
+
+    run(any_loop, main(), limit=30)
+
+
 # ------------------------------------------------------------ other threads, processes and monitors
 
 
