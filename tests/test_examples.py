@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support import child_environment, require
+from tests.support import child_environment, python, require
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LIMIT_S = 60
@@ -155,3 +156,51 @@ def test_an_idle_program_sleeps_and_ends_when_its_window_is_closed(start: Start)
         time.sleep(1)
         assert program.cpu_s() - before_s < 0.4
         program.assert_clean_end()
+
+
+def test_the_gtk_program_of_the_documentation_runs(
+    monitor: str, display: str, tmp_path: Path
+) -> None:
+    """Its button is pressed, and shows what a child process has answered."""
+    _, needs, statement, variables = TOOLKITS["gtk"]
+    environment: dict[str, Any] = {**variables, "LC_ALL": "C", "TZ": "UTC"}
+    require(needs, statement)
+    chapter = (EXAMPLES.parent / "docs" / "hosting.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", chapter, re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    user = """
+import runpy, gi
+gi.require_version("Gtk", "4.0")
+from gi.repository import GLib, Gtk
+
+def press():
+    application = Gtk.Application.get_default()
+    window = application and application.get_active_window()
+    if not window or not window.button.get_label().startswith("What"):
+        return True
+    window.button.emit("clicked")
+    GLib.timeout_add(10, look, window)
+    return False
+
+def look(window):
+    if window.button.get_label().startswith("What"):
+        return True
+    print(window.button.get_label())
+    window.close()
+    return False
+
+GLib.timeout_add(10, press)
+runpy.run_path("program.py", run_name="__main__")
+"""
+    ended = python(
+        "-c",
+        user,
+        cwd=tmp_path,
+        **environment,
+        DISPLAY=display,
+        URINGLOOP_MONITOR=monitor,
+        HOME=str(tmp_path),
+        XDG_RUNTIME_DIR=str(tmp_path),
+    )
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+    assert re.fullmatch(r"\w+ \w+ +\d+ [\d:]+ UTC \d{4}\n", ended.stdout)
