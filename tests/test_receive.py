@@ -420,6 +420,38 @@ def test_a_loop_that_is_closed_lets_go_of_what_it_was_receiving(any_loop: AnyLoo
         far.close()
 
 
+def virtual_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_loops_that_are_closed_while_they_receive_leave_no_memory(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Each that receives by the ring has had buffers of 2 MiB."""
+    if reason := refusal("io_uring"):
+        pytest.skip(reason)
+    monkeypatch.setenv("URINGLOOP_RECEIVE", mode)
+
+    async def receive() -> None:
+        near, far = socket.socketpair()
+        with far:
+            _, diary = await asyncio.get_running_loop().create_connection(Diary, sock=near)
+            await send_and_see(diary, far, 5)
+
+    def life() -> None:
+        with contextlib.closing(uringloop.new_event_loop(monitor="io_uring")) as loop:
+            loop.run_until_complete(receive())
+
+    life()
+    before = virtual_bytes()
+    for _ in range(50):
+        life()
+    assert virtual_bytes() - before < 20 << 20
+
+
 # ---------------------------------------------------------------------------------------- strangers
 
 

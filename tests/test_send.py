@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import loop_named
-from tests.connections import Peer, read, read_now, read_to_end, send_and_see, turns, wired
+from tests.connections import Peer, read, read_now, read_to_end, reset, send_and_see, turns, wired
 from tests.support import run
 
 AnyLoop = asyncio.AbstractEventLoop
@@ -329,6 +329,22 @@ def test_a_transport_that_ends_while_its_send_waits_is_freed_and_its_peer_sees_t
         assert run(any_loop, main()) is None
     finally:
         gc.enable()
+
+
+def test_a_peer_that_is_gone_when_writing_ends_is_noticed_by_the_next_read(
+    any_loop: AnyLoop,
+) -> None:
+    """It goes between the send and the shutdown() that asyncio would have called before."""
+
+    async def main() -> list[str]:
+        async with wired(Peer, "tcp") as (protocol, sock):
+            protocol.transport.writelines([b"last words"])
+            protocol.transport.write_eof()
+            any_loop.call_soon(reset, sock)
+            await protocol.lost()
+            return protocol.events
+
+    assert run(any_loop, main()) == ["made", "lost ConnectionResetError"]
 
 
 # --------------------------------------------------------------------------------------- very many
