@@ -178,6 +178,17 @@ def unix_pair(folder: Path) -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
+@contextlib.asynccontextmanager
+async def to_short_queue(
+    make_protocol: Callable[[], AnyEndpoint], folder: Path
+) -> AsyncIterator[tuple[AnyEndpoint, socket.socket]]:
+    """An endpoint that is connected to a socket whose queue is short, and that socket."""
+    near, far = unix_pair(folder)
+    with far:
+        async with endpoint(make_protocol, near) as protocol:
+            yield protocol, far
+
+
 def reports_of(loop: AnyLoop) -> list[Report]:
     """From now on, what the loop tells its exception handler."""
     reports: list[Report] = []
@@ -807,12 +818,10 @@ def test_a_socket_that_came_connected_sends_to_its_peer_whatever_is_named(
     contract_loop: AnyLoop, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Endpoint, near) as protocol:
-                protocol.transport.sendto(b"one")
-                protocol.transport.sendto(b"two", "anywhere")
-                assert read_all(far) == [b"one", b"two"]
+        async with to_short_queue(Endpoint, tmp_path) as (protocol, far):
+            protocol.transport.sendto(b"one")
+            protocol.transport.sendto(b"two", "anywhere")
+            assert read_all(far) == [b"one", b"two"]
 
     run(contract_loop, main())
 
@@ -923,21 +932,19 @@ def test_what_finds_no_room_waits_and_follows_in_order(
     contract_loop: AnyLoop, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Endpoint, near) as protocol:
-                count = await fill(protocol)
-                changing = bytearray(b"%d " % count + bytes(1000))
-                protocol.transport.sendto(changing)
-                changing[:] = b"changed"
-                protocol.transport.sendto(memoryview(b"%d " % (count + 1)))
-                assert not [event for event in protocol.events if event != "made"]
-                found: list[bytes] = []
-                while len(found) < count + 2:
-                    found += read_all(far)
-                    await asyncio.sleep(0)
-                assert [int(data.split(b" ")[0]) for data in found] == list(range(count + 2))
-                assert protocol.events == ["made"]
+        async with to_short_queue(Endpoint, tmp_path) as (protocol, far):
+            count = await fill(protocol)
+            changing = bytearray(b"%d " % count + bytes(1000))
+            protocol.transport.sendto(changing)
+            changing[:] = b"changed"
+            protocol.transport.sendto(memoryview(b"%d " % (count + 1)))
+            assert not [event for event in protocol.events if event != "made"]
+            found: list[bytes] = []
+            while len(found) < count + 2:
+                found += read_all(far)
+                await asyncio.sleep(0)
+            assert [int(data.split(b" ")[0]) for data in found] == list(range(count + 2))
+            assert protocol.events == ["made"]
 
     run(contract_loop, main())
 
@@ -946,48 +953,44 @@ def test_the_protocol_is_paused_above_high_water_and_resumed_below_low(
     contract_loop: AnyLoop, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Endpoint, near) as protocol:
-                transport: Any = protocol.transport
-                assert transport.get_write_buffer_limits() == (16384, 65536)
-                transport.set_write_buffer_limits(high=3000, low=1500)
-                count = await fill(protocol)
-                size = transport.get_write_buffer_size()
-                assert size == len(b"%d " % (count - 1)) + 1000 + HEADER
-                transport.sendto(b"%d " % count + bytes(1000))
-                transport.sendto(b"%d " % (count + 1) + bytes(1000))
-                assert protocol.events == ["made", "pause"]
-                found: list[bytes] = []
-                while "resume" not in protocol.events:
-                    found += read_all(far)
-                    await asyncio.sleep(0)
-                assert protocol.events == ["made", "pause", "resume"]
-                await turns()
+        async with to_short_queue(Endpoint, tmp_path) as (protocol, far):
+            transport: Any = protocol.transport
+            assert transport.get_write_buffer_limits() == (16384, 65536)
+            transport.set_write_buffer_limits(high=3000, low=1500)
+            count = await fill(protocol)
+            size = transport.get_write_buffer_size()
+            assert size == len(b"%d " % (count - 1)) + 1000 + HEADER
+            transport.sendto(b"%d " % count + bytes(1000))
+            transport.sendto(b"%d " % (count + 1) + bytes(1000))
+            assert protocol.events == ["made", "pause"]
+            found: list[bytes] = []
+            while "resume" not in protocol.events:
                 found += read_all(far)
-                assert [int(data.split(b" ")[0]) for data in found] == list(range(count + 2))
-                if SINCE_3_14 or isinstance(contract_loop, Loop):  # 3.13.0 never counts down
-                    assert transport.get_write_buffer_size() == 0
+                await asyncio.sleep(0)
+            assert protocol.events == ["made", "pause", "resume"]
+            await turns()
+            found += read_all(far)
+            assert [int(data.split(b" ")[0]) for data in found] == list(range(count + 2))
+            if SINCE_3_14 or isinstance(contract_loop, Loop):  # 3.13.0 never counts down
+                assert transport.get_write_buffer_size() == 0
 
     run(contract_loop, main())
 
 
 def test_limits_are_checked_and_may_pause_at_once(contract_loop: AnyLoop, tmp_path: Path) -> None:
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Endpoint, near) as protocol:
-                transport: Any = protocol.transport
-                with pytest.raises(ValueError, match="must be >= low"):
-                    transport.set_write_buffer_limits(high=1, low=2)
-                transport.set_write_buffer_limits(low=100)
-                assert transport.get_write_buffer_limits() == (100, 400)
-                transport.set_write_buffer_limits(high=4000)
-                assert transport.get_write_buffer_limits() == (1000, 4000)
-                await fill(protocol)
-                assert "pause" not in protocol.events
-                transport.set_write_buffer_limits(high=0)
-                assert "pause" in protocol.events
+        async with to_short_queue(Endpoint, tmp_path) as (protocol, _):
+            transport: Any = protocol.transport
+            with pytest.raises(ValueError, match="must be >= low"):
+                transport.set_write_buffer_limits(high=1, low=2)
+            transport.set_write_buffer_limits(low=100)
+            assert transport.get_write_buffer_limits() == (100, 400)
+            transport.set_write_buffer_limits(high=4000)
+            assert transport.get_write_buffer_limits() == (1000, 4000)
+            await fill(protocol)
+            assert "pause" not in protocol.events
+            transport.set_write_buffer_limits(high=0)
+            assert "pause" in protocol.events
 
     run(contract_loop, main())
 
@@ -999,16 +1002,14 @@ def test_what_resume_writing_sends_comes_last(contract_loop: AnyLoop, tmp_path: 
             self.transport.sendto(b"last")
 
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Sender, near) as protocol:
-                cast("Any", protocol.transport).set_write_buffer_limits(high=500)
-                await fill(protocol)
-                found: list[bytes] = []
-                while b"last" not in found:
-                    found += read_all(far)
-                    await asyncio.sleep(0)
-                assert found[-1] == b"last"
+        async with to_short_queue(Sender, tmp_path) as (protocol, far):
+            cast("Any", protocol.transport).set_write_buffer_limits(high=500)
+            await fill(protocol)
+            found: list[bytes] = []
+            while b"last" not in found:
+                found += read_all(far)
+                await asyncio.sleep(0)
+            assert found[-1] == b"last"
 
     run(contract_loop, main())
 
@@ -1017,17 +1018,15 @@ def test_a_peer_that_goes_away_is_an_error_for_each_waiting_datagram(
     contract_loop: AnyLoop, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Endpoint, near) as protocol:
-                await fill(protocol)
-                protocol.transport.sendto(b"another")
-                far.close()
-                await protocol.until(lambda: len(protocol.errors) >= 2)
-                await turns()
-                assert all(isinstance(exc, OSError) for exc in protocol.errors)
-                assert not protocol.transport.is_closing()
-                assert not cast("Any", protocol.transport)._buffer
+        async with to_short_queue(Endpoint, tmp_path) as (protocol, far):
+            await fill(protocol)
+            protocol.transport.sendto(b"another")
+            far.close()
+            await protocol.until(lambda: len(protocol.errors) >= 2)
+            await turns()
+            assert all(isinstance(exc, OSError) for exc in protocol.errors)
+            assert not protocol.transport.is_closing()
+            assert not cast("Any", protocol.transport)._buffer
 
     run(contract_loop, main())
 
@@ -1037,43 +1036,39 @@ def test_a_peer_that_goes_away_is_an_error_for_each_waiting_datagram(
 
 def test_close_waits_for_what_waits(contract_loop: AnyLoop, tmp_path: Path) -> None:
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Endpoint, near) as protocol:
-                count = await fill(protocol)
-                protocol.transport.close()
-                assert protocol.transport.is_closing()
-                protocol.transport.close()
-                protocol.transport.sendto(b"%d after close()" % count)
-                await turns()
-                assert "lost" not in protocol.events
-                found: list[bytes] = []
-                while "lost" not in protocol.events:
-                    found += read_all(far)
-                    await asyncio.sleep(0)
+        async with to_short_queue(Endpoint, tmp_path) as (protocol, far):
+            count = await fill(protocol)
+            protocol.transport.close()
+            assert protocol.transport.is_closing()
+            protocol.transport.close()
+            protocol.transport.sendto(b"%d after close()" % count)
+            await turns()
+            assert "lost" not in protocol.events
+            found: list[bytes] = []
+            while "lost" not in protocol.events:
                 found += read_all(far)
-                assert [int(data.split(b" ")[0]) for data in found] == list(range(count + 1))
-                await turns()
-                assert protocol.events == ["made", "lost"]
-                assert protocol.lost_with is None
+                await asyncio.sleep(0)
+            found += read_all(far)
+            assert [int(data.split(b" ")[0]) for data in found] == list(range(count + 1))
+            await turns()
+            assert protocol.events == ["made", "lost"]
+            assert protocol.lost_with is None
 
     run(contract_loop, main())
 
 
 def test_abort_drops_what_waits(contract_loop: AnyLoop, tmp_path: Path) -> None:
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Endpoint, near) as protocol:
-                count = await fill(protocol)
-                protocol.transport.abort()
-                protocol.transport.abort()
-                protocol.transport.close()
-                await protocol.has("lost")
-                await turns()
-                assert protocol.events == ["made", "lost"]
-                assert near.fileno() == -1
-                assert len(read_all(far)) == count - 1
+        async with to_short_queue(Endpoint, tmp_path) as (protocol, far):
+            count = await fill(protocol)
+            protocol.transport.abort()
+            protocol.transport.abort()
+            protocol.transport.close()
+            await protocol.has("lost")
+            await turns()
+            assert protocol.events == ["made", "lost"]
+            assert protocol.transport.get_extra_info("socket").fileno() == -1
+            assert len(read_all(far)) == count - 1
 
     run(contract_loop, main())
 
@@ -1126,16 +1121,14 @@ def test_it_is_lost_once_when_resume_writing_ends_it(loop: Loop, tmp_path: Path,
             getattr(self.transport, how)()
 
     async def main() -> None:
-        near, far = unix_pair(tmp_path)
-        with far:
-            async with endpoint(Ending, near) as protocol:
-                cast("Any", protocol.transport).set_write_buffer_limits(high=0)
-                await fill(protocol)
-                while "lost" not in protocol.events:
-                    read_all(far)
-                    await asyncio.sleep(0)
-                await turns()
-                assert protocol.events == ["made", "pause", "resume", "lost"]
+        async with to_short_queue(Ending, tmp_path) as (protocol, far):
+            cast("Any", protocol.transport).set_write_buffer_limits(high=0)
+            await fill(protocol)
+            while "lost" not in protocol.events:
+                read_all(far)
+                await asyncio.sleep(0)
+            await turns()
+            assert protocol.events == ["made", "pause", "resume", "lost"]
 
     run(loop, main())
 
