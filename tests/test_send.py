@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import loop_named
 from tests.connections import Peer, read, read_now, read_to_end, reset, send_and_see, turns, wired
-from tests.support import run
+from tests.support import in_thread, run
 
 AnyLoop = asyncio.AbstractEventLoop
 
@@ -305,6 +305,13 @@ def test_what_was_written_has_left_when_an_exit_ends_the_run(
         assert read_now(far) == b"last words"
         transport.abort()
         any_loop.run_until_complete(turns())
+
+
+def test_a_send_that_waits_goes_with_its_loop_to_another_thread(any_loop: AnyLoop) -> None:
+    end = Full()
+    in_thread(lambda: any_loop.run_until_complete(end.make()))
+    end.stir()
+    run(any_loop, end.check())
 
 
 # ------------------------------------------------------------------------------------------- ends
