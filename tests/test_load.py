@@ -375,8 +375,10 @@ def test_messages_of_random_sizes_pass_narrow_sockets_both_ways(
     run(any_loop, main(), limit=30)
 
 
-async def hold_back(total_bytes: int) -> None:
-    """Write to a peer that at first reads nothing, then everything; what waits stays bounded."""
+async def hold_back(total_bytes: int, waits_for: str) -> None:
+    """Write to a peer that at first reads nothing, then everything; what waits stays bounded. The
+    ring sends only what nothing is ahead of.
+    """
     loop = asyncio.get_running_loop()
     source = random.Random(1)
     data = payload(100_000)
@@ -389,6 +391,8 @@ async def hold_back(total_bytes: int) -> None:
         left = total_bytes
         while left:
             await writer.may_write.wait()
+            while waits_for == "all of it" and transport.get_write_buffer_size():
+                await asyncio.sleep(0)
             start, size = source.randrange(1000), source.choice([1, 1000, 10_000, 99_000])
             chunk = data[start : start + min(size, left)]
             transport.write(chunk)
@@ -412,14 +416,12 @@ async def hold_back(total_bytes: int) -> None:
 
 
 @ENGINES
-def test_a_peer_that_reads_nothing_for_a_while_gets_all_of_4_mib(any_loop: AnyLoop) -> None:
-    run(any_loop, hold_back(4 * MIB), limit=30)
-
-
-@pytest.mark.slow
-@ENGINES
-def test_a_peer_that_reads_nothing_for_a_while_gets_all_of_100_mib(any_loop: AnyLoop) -> None:
-    run(any_loop, hold_back(100 * MIB), limit=300)
+@pytest.mark.parametrize("waits_for", ["room", "all of it"])
+@pytest.mark.parametrize("total_mib", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_peer_that_reads_nothing_for_a_while_gets_everything(
+    any_loop: AnyLoop, total_mib: int, waits_for: str
+) -> None:
+    run(any_loop, hold_back(total_mib * MIB, waits_for), limit=3 * total_mib)
 
 
 # ---------------------------------------------------------------------------------- the send modes
