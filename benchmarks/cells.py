@@ -30,10 +30,12 @@ class Cell:
     mode: str
     size_bytes: int
     connections: int
+    think_us: int = 0  # the peer's pause between an answer and its next request
 
     @property
     def name(self) -> str:
-        return f"{self.mode}/{self.size_bytes // KIB}KiB/{self.connections}"
+        name = f"{self.mode}/{self.size_bytes // KIB}KiB/{self.connections}"
+        return f"{name}/{self.think_us}us" if self.think_us else name
 
     @property
     def server(self) -> str:

@@ -59,6 +59,7 @@ static struct {
     int port;
     size_t size_bytes;
     unsigned connections;
+    int64_t think_ns;
     double warmup_s, window_s;
     pid_t server;
     const char *body;
@@ -285,6 +286,15 @@ static void begin_message(struct connection *c, int64_t now) {
     c->started_ns = c->sent_ns = now;
 }
 
+/* The pause before the next request. It spins: a sleep would end tens of microseconds late, by another time at every turn. */
+static int64_t think(int64_t now) {
+    int64_t end = now + options.think_ns;
+
+    while (now < end)
+        now = now_ns();
+    return now;
+}
+
 static void finish_message(struct connection *c) {
     int64_t now = now_ns();
 
@@ -300,7 +310,7 @@ static void finish_message(struct connection *c) {
         tally.home++;
         return;
     }
-    begin_message(c, now);
+    begin_message(c, think(now));
     if (options.mode == CHURN) {
         close(c->fd);
         if (!open_connection(c))
@@ -527,14 +537,14 @@ static void measure(void) {
 
 static void usage(const char *why) {
     fprintf(stderr,
-            "%s\nusage: client -m tcp|tls|udp|http|churn -p PORT [-s SIZE_BYTES] [-c CONNECTIONS] "
+            "%s\nusage: client -m tcp|tls|udp|http|churn -p PORT [-s SIZE_BYTES] [-c CONNECTIONS] [-k THINK_US] "
             "[-w WARMUP_S] [-t WINDOW_S] [-P SERVER_PID] [-b HTTP_BODY]\n",
             why);
     exit(2);
 }
 
 static void parse(int argc, char **argv) {
-    for (int opt; (opt = getopt(argc, argv, "m:p:s:c:w:t:P:b:")) != -1;) {
+    for (int opt; (opt = getopt(argc, argv, "m:p:s:c:k:w:t:P:b:")) != -1;) {
         switch (opt) {
         case 'm':
             for (options.mode = 0; options.mode < MODES && strcmp(optarg, mode_names[options.mode]);)
@@ -548,6 +558,9 @@ static void parse(int argc, char **argv) {
             break;
         case 'c':
             options.connections = (unsigned)atoi(optarg);
+            break;
+        case 'k':
+            options.think_ns = atol(optarg) * 1000;
             break;
         case 'w':
             options.warmup_s = atof(optarg);
@@ -568,6 +581,8 @@ static void parse(int argc, char **argv) {
     if (options.mode == MODES || options.port <= 0 || !options.connections || !options.size_bytes ||
         options.size_bytes > SIZE_MAX_BYTES)
         usage("mode, port, size or connections missing or wrong");
+    if (options.think_ns && options.connections > 1)
+        usage("a thinking client has one connection: the others would wait for it as well");
 }
 
 static void prepare(void) {

@@ -34,6 +34,7 @@ def apply_load(host: Host, server: Child, port: int, cell: Cell, times: Times) -
         "-p": port,
         "-s": cell.size_bytes or 1,
         "-c": cell.connections,
+        "-k": cell.think_us,
         "-w": times.warmup_s,
         "-t": times.window_s,
         "-P": server.pid,

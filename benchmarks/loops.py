@@ -2,7 +2,8 @@
 
 A name is all that crosses a process border: every measured process builds its loop with make().
 A name may carry settings, "uringloop-epoll send=now recv_bytes=65536": the environment variables
-URINGLOOP_SEND, URINGLOOP_RECEIVE and URINGLOOP_RECV_BYTES of the processes that measure this entry.
+URINGLOOP_SEND, URINGLOOP_RECEIVE, URINGLOOP_RECV_BYTES and URINGLOOP_POLL_MAX_NS of the processes
+that measure this entry.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ OURS = "uringloop"
 BASE = "asyncio"
 RIVAL = "uvloop"
 RIVAL_AGAIN = "uvloop-again"
-SETTINGS = ("send", "receive", "recv_bytes")
+SETTINGS = ("send", "receive", "recv_bytes", "poll_max_ns")
 
 
 @dataclass(frozen=True)
