@@ -494,6 +494,7 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
                 ret = ul_polling_wait(mon, timeout_ns);
             else
                 ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? ul_fdmon_wait(mon, timeout_ns) : 0;
+            mon->looked_since_ns = timeout_ns != 0 ? mon->looked_since_ns : 0;
         }
         if (ret >= 0)
             ret = mon->ops->dispatch(mon, out, out_max);

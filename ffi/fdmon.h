@@ -142,8 +142,12 @@ void ul_fdmon_setup_info(ul_fdmon *mon, ul_setup_info *out);
  * -EMFILE and the like: no descriptor for the time. */
 int ul_fdmon_prepare(ul_fdmon *mon, int64_t wake_ns);
 
-/* Makes a host's descriptor readable at once: for what is due outside of the monitor. Nothing without a host. */
+/* Between turns: makes a host's descriptor readable at once, for what is due outside of the monitor. Without a host it does
+ * nothing. */
 void ul_fdmon_wake_host(ul_fdmon *mon);
+
+/* There is no host any more: its descriptors are closed, but for the one of ul_fdmon_fileno(). In the host's thread. */
+void ul_fdmon_end_hosting(ul_fdmon *mon);
 
 /* Queues one send of 1 to UL_PIECES_MAX pieces on a stream socket; it leaves with the next turn's enter and ends with UL_SENT.
  * It may be short; -EAGAIN, and as long as it has not ended: nothing was sent. The iovecs are copied; the bytes must stay as
@@ -280,6 +284,7 @@ struct ul_fdmon {
     int eventfd;      /* -1 until somebody asks for a descriptor */
 
     bool hosted;                              /* somebody has asked for the host's descriptors */
+    bool has_fileno;                          /* ul_fdmon_fileno() has handed one out */
     uint64_t host_version, host_version_told; /* of the list of descriptors */
     int64_t wake_ns, armed_ns;                /* when the host wants to be woken; what the kernel knows of that */
     int timerfd;                              /* epoll, poll: -1 before the first host */
@@ -296,6 +301,7 @@ struct ul_fdmon {
     size_t pollfds_count;
 
     int64_t poll_ns, poll_max_ns, poll_grow, poll_shrink; /* ul_fdmon_set_polling() */
+    int64_t looked_since_ns;                              /* the last turn did so in vain: this one sleeps */
 
     ul_ring_counts counts;
     uint64_t turns, downgrades, polled;
