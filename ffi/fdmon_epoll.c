@@ -99,7 +99,7 @@ static int epoll_mon_wait(ul_fdmon *mon, int64_t timeout_ns) {
 }
 
 /* Only the kernel knows. */
-static bool epoll_need_wait(ul_fdmon *mon) { return mon->watches_live > 0; }
+static bool epoll_need_wait(ul_fdmon *mon) { return mon->watches_live > 0 || mon->timerfd >= 0; }
 
 static void epoll_close(ul_fdmon *mon) {
     struct epoll_event event;

@@ -83,26 +83,56 @@ static bool is_due(ul_fdmon *mon) {
 }
 
 void ul_host_begin_turn(ul_fdmon *mon) {
-    empty_eventfd(mon);
+    if (mon->ops->kind != UL_IO_URING) /* it has told of a downgrade */
+        empty_eventfd(mon);
     if (mon->timerfd >= 0 && mon->armed_ns != UL_NEVER && mon->armed_ns <= ul_now_ns())
         set_timer(mon, UL_NEVER);
 }
 
 void ul_host_end_turn(ul_fdmon *mon) {
+    if (mon->ops->kind == UL_IO_URING)
+        empty_eventfd(mon); /* the turn's own completions have signalled it, too */
     if ((mon->hosted || mon->eventfd >= 0) && is_due(mon))
         ul_host_want_turn(mon);
 }
 
-void ul_host_close(ul_fdmon *mon) {
+static void close_timer(ul_fdmon *mon) {
     struct itimerspec spec;
     if (mon->timerfd >= 0 && timerfd_gettime(mon->timerfd, &spec) == 0) /* else it is the application's by now */
         close(mon->timerfd);
+    if (mon->timerfd >= 0)
+        mon->armed_ns = UL_NEVER;
+    mon->timerfd = -1;
+}
+
+static void close_eventfd(ul_fdmon *mon) {
     if (mon->eventfd >= 0)
         close(mon->eventfd);
-    mon->timerfd = mon->eventfd = -1;
-    mon->wake_ns = mon->armed_ns = UL_NEVER;
+    mon->eventfd = -1;
+}
+
+static void end_hosting(ul_fdmon *mon) {
+    close_timer(mon);
+    mon->wake_ns = UL_NEVER; /* a timeout of the ring may fire once more, for nobody */
     mon->hosted = false;
     mon->host_version++;
+}
+
+void ul_host_close(ul_fdmon *mon) {
+    end_hosting(mon);
+    close_eventfd(mon);
+    mon->armed_ns = UL_NEVER;
+}
+
+/* The kernel would go on signalling an eventfd that nobody polls, with each completion. Another thread's ring keeps it. */
+void ul_fdmon_end_hosting(ul_fdmon *mon) {
+    pthread_mutex_lock(&mon->lock);
+    if (!mon->closed && mon->hosted) {
+        end_hosting(mon);
+        if (!mon->has_fileno && (!mon->ring || ul_ring_set_eventfd(mon->ring, -1) == 0))
+            close_eventfd(mon);
+    }
+    pthread_mutex_unlock(&mon->lock);
 }
 
 /* ---- what the host calls ---- */
@@ -218,6 +248,7 @@ int ul_fdmon_fileno(ul_fdmon *mon) {
         fd = mon->epoll_fd;
     else if (!mon->closed && mon->ops->kind == UL_IO_URING && (fd = open_eventfd(mon)) == 0)
         fd = mon->eventfd;
+    mon->has_fileno |= fd >= 0;
     pthread_mutex_unlock(&mon->lock);
     return fd;
 }

@@ -642,3 +642,154 @@ def test_round_trips_take_less_time_than_in_pygobjects_own_loop(monitor: str) ->
         theirs.append(seconds(lambda: of_pygobject(context)))
         ours.append(seconds(lambda: glib.GLibEventLoop(monitor=monitor)))
     assert min(ours) <= 0.67 * min(theirs), (ours, theirs)
+
+
+# ---------------------------------------------------------------------- signals
+
+
+def interrupted(handler_raises: str, monitor: str, times: int) -> list[str]:
+    """What a program under GLib says that gets a signal, or several, while GLib sleeps."""
+    program = f"""
+import asyncio, os, signal, sys, threading, time, uringloop.glib
+
+class Alarm(BaseException): pass
+def handler(number, frame): raise {handler_raises}
+signal.signal(signal.SIGUSR1, handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+number = signal.SIGINT if {times} > 1 else signal.SIGUSR1
+
+def send():
+    for _ in range({times}):
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+    time.sleep(10)
+    print("it was lost", flush=True)
+    os._exit(3)
+
+async def main():
+    try:
+        await asyncio.sleep(100)
+    except asyncio.CancelledError:
+        print("cancelled")
+        await asyncio.sleep({times - 1} * 100)  # a clean-up that takes long
+    finally:
+        print("cleaned up")
+
+threading.Thread(target=send, daemon=True).start()
+try:
+    uringloop.glib.run(main(), monitor={monitor!r})
+except BaseException as exc:
+    print(type(exc).__name__)
+finally:
+    print("finally")
+"""
+    ended = python("-c", program)
+    assert ended.stderr == ""
+    return ended.stdout.split("\n")[:-1]
+
+
+def test_what_a_signal_handler_raises_while_glib_sleeps_comes_out_of_run(monitor: str) -> None:
+    for name, raises in (("Alarm", "Alarm"), ("SystemExit", "SystemExit(7)")):
+        said = interrupted(raises, monitor, 1)
+        assert said[-2:] == [name, "finally"]
+        assert "cleaned up" in said
+
+
+def test_a_second_ctrl_c_ends_a_clean_up_that_takes_too_long(monitor: str) -> None:
+    said = interrupted("Alarm", monitor, 2)
+    assert said[0] == "cancelled"
+    assert said[-2:] == ["KeyboardInterrupt", "finally"]
+
+
+def test_the_wake_up_descriptor_of_a_closed_loop_is_forgotten(loop: uringloop.EventLoop) -> None:
+    """PyGObject's main loop remembers the one it finds, and brings it back when it ends."""
+    main_loop = GLib.MainLoop.new(None, False)
+    with glib.attach(loop, on_stop=main_loop.quit):
+        loop.call_later(0.01, loop.stop)
+        main_loop.run()
+    loop.close()
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_signal_handlers_added_before_the_main_loop_runs_are_called(
+    loop: uringloop.EventLoop,
+) -> None:
+    main_loop = GLib.MainLoop.new(None, False)
+    handled: list[int] = []
+    with glib.attach(loop, on_stop=main_loop.quit):
+        loop.add_signal_handler(signal.SIGUSR1, handled.append, 1)
+        loop.call_later(0.02, signal.raise_signal, signal.SIGUSR1)
+        loop.call_later(0.1, loop.stop)
+        main_loop.run()
+        loop.remove_signal_handler(signal.SIGUSR1)
+    assert handled == [1]
+
+
+# ---------------------------------------------------------------------- edges
+
+
+def test_an_attach_that_fails_leaves_no_running_loop(loop: uringloop.EventLoop) -> None:
+    for wrong in ({"context": "no context"}, {"priority": "no number"}):
+        with pytest.raises(TypeError):
+            glib.attach(loop, **wrong)
+        assert not loop.is_running()
+        assert loop.run_until_complete(asyncio.sleep(0, "it runs")) == "it runs"
+
+
+def test_what_a_callback_wrote_leaves_before_a_main_loop_that_it_opens_sleeps(
+    hosted: Glib,
+) -> None:
+    with notifier() as (ours, peer):
+        seen: list[bytes] = []
+
+        async def connect() -> asyncio.StreamWriter:
+            _, writer = await asyncio.open_connection(sock=ours)
+            return writer
+
+        def write_and_open_a_dialogue() -> None:
+            writer.write(b"saving...")
+            source = GLib.timeout_source_new(10)
+            source.set_callback(lambda *_: seen.append(peer.recv(100, socket.MSG_DONTWAIT)))
+            source.attach(hosted.context)
+            while not seen:
+                hosted.context.iteration(True)
+
+        task = hosted.loop.create_task(connect())
+        hosted.until(task.done)
+        writer = task.result()
+        hosted.loop.call_soon(write_and_open_a_dialogue)
+        hosted.until(lambda: seen)
+        assert seen == [b"saving..."]
+        writer.close()
+        task2 = hosted.loop.create_task(writer.wait_closed())
+        hosted.until(task2.done)
+
+
+def test_an_exception_of_on_stop_is_reported_and_harmless(loop: uringloop.EventLoop) -> None:
+    problems: list[Any] = []
+    loop.set_exception_handler(lambda _, context: problems.append(context))
+    attachment = glib.attach(loop, on_stop=lambda: 1 / 0)
+    loop.stop()
+    while attachment.attached:
+        GLib.MainContext.default().iteration(True)
+    assert [type(problem["exception"]) for problem in problems] == [ZeroDivisionError]
+    problems.clear()
+
+
+def test_the_exception_of_a_body_says_what_had_ended_the_loop(loop: uringloop.EventLoop) -> None:
+    def leave() -> None:
+        raise KeyboardInterrupt("out")
+
+    attachment = glib.attach(loop)
+    loop.call_soon(leave)
+    body = LookupError("of the body")
+
+    def use() -> None:
+        with attachment:
+            while attachment.attached:
+                GLib.MainContext.default().iteration(True)
+            raise body
+
+    with pytest.raises(LookupError, match="of the body"):
+        use()
+    assert body.__notes__ == ["The event loop had ended with KeyboardInterrupt('out') before."]

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import pytest
 
@@ -376,6 +376,50 @@ def test_hosting_in_mid_pass_ends_when_the_pass_does(host: PollHost) -> None:
     assert (host.stops, loop.is_running()) == (0, False)
 
 
+def test_a_loop_that_was_hosted_pays_for_it_no_more(
+    make_loop: Callable[[], uringloop.EventLoop],
+) -> None:
+    """No descriptor is left, so the kernel signals none."""
+    loop = make_loop()
+    run(loop, asyncio.sleep(0))
+    before = len(os.listdir("/proc/self/fd"))
+    with PollHost(loop) as host:
+        host.run(asyncio.sleep(0.01))
+        assert len(os.listdir("/proc/self/fd")) > before
+        timer = loop.call_later(0.05, unexpected)
+        host.settle()
+    assert len(os.listdir("/proc/self/fd")) == before
+    timer.cancel()
+    assert run(loop, echo_traffic(5, 20_000))
+    with PollHost(loop) as host:
+        assert host.run(echo_traffic(5, 20_000))
+
+
+def test_an_interrupted_pass_leaves_the_host_awake(host: PollHost) -> None:
+    """KeyboardInterrupt passes through; a host that catches it goes on, with all that was due."""
+    loop = host.hosted.loop
+    ran: list[str] = []
+
+    def interrupt() -> None:
+        loop.call_later(0.01, ran.append, "timer")
+        raise KeyboardInterrupt
+
+    loop.call_soon(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        host.until(lambda: ran)
+    host.until(lambda: ran)
+    loop.call_soon(ran.append, "soon")
+    host.until(lambda: len(ran) == 2)
+    assert ran == ["timer", "soon"]
+
+
+def test_a_hosted_loop_that_nobody_closes_says_so(loop: uringloop.EventLoop) -> None:
+    hosted = Hosted(loop)
+    with pytest.warns(ResourceWarning, match="unclosed <uringloop.hosted.Hosted"):
+        hosted.__del__()
+    hosted.close()
+
+
 def test_async_generators_are_the_loops_while_it_is_hosted(host: PollHost) -> None:
     hooks = sys.get_asyncgen_hooks()
     closed: list[bool] = []
@@ -433,7 +477,7 @@ def test_a_host_nested_in_a_callback_sleeps_until_that_has_returned(host: PollHo
 
     def nest() -> None:
         loop.call_soon(ran.append, "after")
-        assert host.step(0.02) in (True, False)  # a modal dialogue
+        host.step(0.02)  # a modal dialogue
         assert ran == []
         told.append(host.hosted.host_fds())
         assert not host.step(0.02), "it spins"
@@ -462,6 +506,7 @@ def test_signals_wake_a_host_that_sleeps(loop: uringloop.EventLoop, prepares: bo
             os.kill(os.getpid(), signal.SIGUSR2)
             host.until(lambda: 2 in ran)
             loop.remove_signal_handler(signal.SIGUSR2)
+            assert signal.set_wakeup_fd(-1) == cast("Any", loop)._csock.fileno()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert signal.set_wakeup_fd(-1) == -1

@@ -19,10 +19,12 @@ import asyncio
 import atexit
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from uringloop import _core
 from uringloop.fdmon import logger
 from uringloop.hosted import Hosted
 from uringloop.loop import EventLoop
@@ -82,17 +84,23 @@ class Attachment:
         self._on_stop = on_stop
         self._thread_id = threading.get_ident()
         self._source = _Source(self)
+        self._source.set_priority(priority)
         self._tags: dict[tuple[int, int], Any] = {}
         self._hosted = Hosted(loop, on_fds_changed=self._watch, on_stop=self._stopped)
-        atexit.register(self._destroy)  # else GLib calls into an interpreter that is gone
-        self._source.set_priority(priority)
-        self._watch()
-        self._source.attach(GLib.MainContext.ref_thread_default() if context is None else context)
+        try:
+            self._watch()
+            self._source.attach(
+                GLib.MainContext.ref_thread_default() if context is None else context
+            )
+        except BaseException:
+            self.detach()
+            raise
+        _attachments.add(self)
 
     @property
     def attached(self) -> bool:
         """Whether GLib still carries the loop."""
-        return not self._hosted.closed
+        return not self._hosted.closed and not self._source.is_destroyed()
 
     def detach(self) -> None:
         """Takes the loop out of GLib; it stays open. Harmless when repeated."""
@@ -108,34 +116,44 @@ class Attachment:
         traceback: TracebackType | None,
     ) -> None:
         self.detach()
-        if exc is None and self.exception is not None:
+        if self.exception is None or self.exception is exc:
+            return
+        if exc is None:
             raise self.exception
+        exc.add_note(f"The event loop had ended with {self.exception!r} before.")
 
-    # -- what the source and the hosted loop call --
+    # -- what the source calls, and the hosted loop --
 
-    def _prepare(self) -> bool:
-        return self._guarded(self._hosted.prepare) or False
+    def before_sleep(self) -> None:
+        """GLib is about to sleep, perhaps in a main loop that a callback of the loop has opened.
+        PyGObject's main loops take the wake-up descriptor, which add_signal_handler() needs.
+        """
+        if self.loop._signal_handlers:  # type: ignore[attr-defined]
+            self.loop._wake_on_signals()
+        self.loop._send_what_waits()
 
-    def _dispatch(self) -> None:
-        self._guarded(self._hosted.dispatch)
+    def dispatch(self) -> None:
+        """One of the descriptors is ready."""
+        self._hosted.dispatch()
 
-    def _guarded(self, verb: Callable[[], _T]) -> _T | None:
-        """PyGObject prints an exception and GLib then destroys the source: none may get there."""
-        try:
-            return verb()
-        except BaseException as exc:  # noqa: BLE001
-            self.exception = exc
-            if threading.get_ident() != self._thread_id:
-                logger.error("another thread iterates the GLib context that carries a loop")
-                self._destroy()
-            elif self.attached:
-                self.detach()
-                self._stopped()
-            return None
+    def end(self, exc: BaseException) -> None:
+        """What would have ended `run_forever()` ends this."""
+        self.exception = exc
+        if threading.get_ident() != self._thread_id:
+            logger.error("another thread iterates the GLib context that carries a loop")
+            self._source.destroy()
+        elif self.attached:
+            self.detach()
+            self._stopped()
 
     def _stopped(self) -> None:
         if self._on_stop is not None:
-            self._on_stop()
+            try:
+                self._on_stop()
+            except Exception as exc:  # noqa: BLE001
+                self.loop.call_exception_handler(
+                    {"message": f"Exception in on_stop {self._on_stop!r}", "exception": exc}
+                )
 
     def _watch(self) -> None:
         """Has GLib poll what the loop wants polled now. IOCondition's bits are poll(2)'s."""
@@ -146,36 +164,36 @@ class Attachment:
             fd, events = polled
             self._tags[polled] = self._source.add_unix_fd(fd, GLib.IOCondition(events))
         if self._hosted.closed:
-            self._destroy()
-
-    def _destroy(self) -> None:
-        self._source.destroy()
-        atexit.unregister(self._destroy)
+            self._source.destroy()
 
 
 class _Source(GLib.Source):  # type: ignore[misc]
     """The GLib source. GLib itself dispatches it when one of its descriptors is ready.
 
-    It may recurse, as far as GLib is concerned: to block a source while it is dispatched, GLib
-    takes its descriptors out of its set and wakes itself up, twice an iteration, a tenth of a round
-    trip. `Hosted` sees to it that nothing of asyncio runs within itself.
+    Its functions are native: `_core/guard.pxi` says why. It may recurse, as far as GLib knows: to
+    block a source while it is dispatched, GLib takes its descriptors out of its set and wakes
+    itself up, twice an iteration, a tenth of a round trip. `Hosted` sees to it that nothing of
+    asyncio runs within itself.
     """
+
+    check = bool  # False: GLib looks at the descriptors
 
     def __init__(self, attachment: Attachment) -> None:
         super().__init__()
-        self._attachment = attachment
+        self.prepare = functools.partial(_core.prepare_source, attachment)
+        self.dispatch = functools.partial(_core.dispatch_source, attachment)
         self.set_name("uringloop")
         self.set_can_recurse(True)
 
-    def prepare(self) -> tuple[bool, int]:
-        return self._attachment._prepare(), -1
 
-    def check(self) -> bool:
-        return False
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
-    def dispatch(self, _callback: object, _args: object) -> bool:
-        self._attachment._dispatch()
-        return True  # GLib.SOURCE_CONTINUE
+
+@atexit.register
+def _destroy_sources() -> None:
+    """Else GLib calls into an interpreter that is gone."""
+    for attachment in list(_attachments):
+        attachment._source.destroy()
 
 
 class GLibEventLoop(EventLoop):

@@ -11,6 +11,7 @@ The verbs are those of QEMU's AioContext under GLib: prepare, check, dispatch.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -40,8 +41,10 @@ class Hosted:
     of the loop run in `dispatch()` and nowhere else.
 
     `on_fds_changed()` is called when `host_fds()` has a new answer: on io_uring and epoll after a
-    run-time downgrade and at the end, on poll whenever a watch has changed. `on_stop()` is called
-    after `loop.stop()` has ended it.
+    run-time downgrade and at the end, on poll whenever a watch has changed; it may not dispatch.
+    `on_stop()` is called after `loop.stop()` has ended it.
+
+    It never spins before it sleeps (`poll_max_ns`), as it never sleeps itself.
 
     In the main thread a signal wakes the host, so that handlers set with `signal.signal()` run at
     once, unless the host has arranged for that by `signal.set_wakeup_fd()` already.
@@ -73,6 +76,7 @@ class Hosted:
         self.loop._begin_hosting()
         self.closed = False
         try:
+            self.loop._wake_on_signals()
             self.host_fds()  # makes the descriptors, which prepare() has to know
             self.loop._prepare_host()
             self._version = self._fdmon.host_version()
@@ -103,6 +107,8 @@ class Hosted:
         host; a host that calls it saves that wake-up.
         """
         self._check_thread()
+        if self._dispatching:
+            self.loop._send_what_waits()
         if self.closed or self._dispatching:
             return False
         due: bool = self.loop._prepare_host()
@@ -131,6 +137,7 @@ class Hosted:
         if self.closed:
             return
         if self._dispatching:
+            self.loop._send_what_waits()
             self._suspend(True)
             return
         self._dispatching = True
@@ -151,6 +158,10 @@ class Hosted:
         elif not self.closed:
             self._end()
             self._tell_fds_changed()
+
+    def __del__(self) -> None:
+        if not getattr(self, "closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
 
     def __enter__(self) -> Self:
         return self
@@ -190,9 +201,8 @@ class Hosted:
             if stopped and self._on_stop is not None:
                 self._on_stop()
             return
-        if self._suspended:
-            self._suspend(False)
-        self.prepare()
+        self._suspend(False)
+        self._look_for_changed_fds()
 
     def _suspend(self, suspended: bool) -> None:
         """A descriptor that stays readable while nobody may look after it would keep a nested host

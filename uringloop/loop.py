@@ -112,6 +112,7 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         self._transports = _Transports(self)
         self._uring_selector = selector
         self._fdmon = selector._fdmon
+        self._was_hosted = False
         self._polling = {"poll_max_ns": 0, "poll_grow": 0, "poll_shrink": 0}
         if poll_max_ns:
             self.poll_max_ns = poll_max_ns
@@ -252,13 +253,11 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         )
         asyncio._set_running_loop(self)
         self._host(True)
-        self._wakes_on_signals = self._wake_on_signals()
+        self._was_hosted = True
 
     def _end_hosting(self) -> None:
-        if self._wakes_on_signals and not self._signal_handlers:  # type: ignore[attr-defined]
-            current = signal.set_wakeup_fd(-1)
-            if current != self._csock.fileno():  # type: ignore[attr-defined]  # somebody else's
-                signal.set_wakeup_fd(current)
+        if not self._signal_handlers:  # type: ignore[attr-defined]
+            self._wake_no_more_on_signals()
         self._host(False)
         self._stopping = False
         self._thread_id = None
@@ -266,17 +265,36 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
         self._set_coroutine_origin_tracking(False)  # type: ignore[attr-defined]
         sys.set_asyncgen_hooks(*self._asyncgen_hooks)
 
-    def _wake_on_signals(self) -> bool:
+    def _wake_on_signals(self) -> None:
         """A signal whose handler is Python code runs when Python code does: a host that sleeps in C
-        would let Ctrl-C wait.
+        would let Ctrl-C wait. A descriptor of the host's stays; add_signal_handler() needs ours.
         """
-        with contextlib.suppress(ValueError):  # not the main thread
+        if threading.current_thread() is threading.main_thread():
             number = self._csock.fileno()  # type: ignore[attr-defined]
             other = signal.set_wakeup_fd(number, warn_on_full_buffer=False)
-            if other in (-1, number):
-                return True
-            signal.set_wakeup_fd(other)
-        return False
+            if other not in (-1, number) and not self._signal_handlers:  # type: ignore[attr-defined]
+                signal.set_wakeup_fd(other)
+
+    def _wake_no_more_on_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            current = signal.set_wakeup_fd(-1)
+            if current != self._csock.fileno():  # type: ignore[attr-defined]
+                signal.set_wakeup_fd(current)
+
+    def remove_signal_handler(self, sig: int) -> bool:
+        """As asyncio's; signals go on waking a host."""
+        removed: bool = super().remove_signal_handler(sig)
+        if self._hosted:
+            self._wake_on_signals()
+        return removed
+
+    def close(self) -> None:
+        """As asyncio's. PyGObject's main loops remember the wake-up descriptor that they found, and
+        bring it back when they end, after the loop did.
+        """
+        if self._was_hosted and not self.is_closed() and not self.is_running():
+            self._wake_no_more_on_signals()
+        super().close()
 
     # sock_recv() and its kin try, wait for one report of readiness, and try again: what was
     # cancelled while it waited has taken nothing. docs/decisions.md 20

@@ -212,6 +212,23 @@ static void a_send_that_was_prepared_leaves_and_its_end_wakes_the_host(enum ul_k
     close_pair(pair);
 }
 
+static void a_host_that_sleeps_leaves_the_kernel_every_buffer(enum ul_kind kind) {
+    ul_fdmon *mon = open_hosted(kind);
+    struct pair pair = open_pair();
+    ul_event out[4];
+    CHECK(ul_fdmon_update(mon, pair.ours, UL_READ | UL_RECV) == 0);
+    prepare(-1);
+    put(pair.peer);
+    CHECK(is_woken(SOON) && ul_fdmon_turn(mon, 0, out, 4) == 1 && out[0].events == UL_DATA);
+    uint16_t given = mon->ring->buffer_ring_tail;
+    CHECK(prepare(-1) == 0);
+    CHECK(mon->ring->buffer_ring_tail == given + 1);
+    put(pair.peer);
+    CHECK(hosted_events_of(pair.ours) == UL_DATA);
+    close_monitor(mon);
+    close_pair(pair);
+}
+
 /* With UL_ONCE, since the kernel tells of them no more. */
 static void what_had_no_room_keeps_the_host_awake(enum ul_kind kind) {
     enum { PAIRS = 50 };
@@ -268,6 +285,28 @@ static void a_host_is_woken_on_demand_and_nobody_else_is(enum ul_kind kind) {
     ul_ring_free(spare);
 }
 
+static void *wake_who_waits(void *mon) {
+    until_somebody_waits(mon);
+    ul_fdmon_wake_host(mon);
+    return NULL;
+}
+
+/* The turn has seen the timer, and epoll tells of that no more. */
+static void a_wake_up_that_ended_a_wait_does_not_hide_the_next_one(enum ul_kind kind) {
+    ul_fdmon *mon = open_hosted(kind);
+    ul_event out[4];
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, wake_who_waits, mon) == 0);
+    CHECK(ul_fdmon_turn(mon, 5 * SOON, out, 4) == 0);
+    pthread_join(thread, NULL);
+    CHECK(!is_woken(0));
+    ul_fdmon_wake_host(mon);
+    CHECK(is_woken(SOON));
+    CHECK(ul_fdmon_turn(mon, 0, out, 4) == 0);
+    settle();
+    close_monitor(mon);
+}
+
 /* ---- times ---- */
 
 static void a_host_is_woken_at_its_time_and_not_before(enum ul_kind kind) {
@@ -303,6 +342,7 @@ static void an_earlier_time_takes_the_place_of_a_later_one(enum ul_kind kind) {
     CHECK(prepare(now_ns() + hour / 2) == 0);
     CHECK(prepare(wake_ns) == 0);
     check_woken_at(wake_ns);
+    CHECK(!is_woken(2 * MS)); /* once */
     settle();
     close_monitor(mon);
 }
@@ -396,17 +436,20 @@ static void a_time_and_a_watch_outlive_the_threads_that_the_monitor_moves_to(enu
     ul_fdmon *mon = open_hosted(kind);
     struct pair pair = open_pair();
     CHECK(ul_fdmon_update(mon, pair.ours, UL_READ) == 0);
-    int64_t wake_ns = now_ns() + 30 * MS;
+    int64_t wake_ns = now_ns() + 300 * MS; /* after the last words of the ring that is dropped */
     CHECK(prepare(wake_ns) == 0);
+    if (kind == UL_IO_URING) /* so that the turn has to do with the kernel */
+        CHECK(ul_fdmon_update(mon, pair.ours, UL_READ) == 0);
     in_thread(take_a_turn, mon);
     check_woken_at(wake_ns);
     settle_after_a_move();
-    wake_ns = now_ns() + 30 * MS;
+    wake_ns = now_ns() + 300 * MS;
     in_thread(prepare_here, &wake_ns); /* from a wrong thread: it is the host now, and ends */
     check_woken_at(wake_ns);
     settle_after_a_move();
     put(pair.peer);
     CHECK(hosted_events_of(pair.ours) == UL_READ);
+    CHECK(statistics_of(mon).downgrades == 0);
     close_monitor(mon);
     close_pair(pair);
 }
@@ -443,6 +486,9 @@ static void a_child_has_a_time_of_its_own(enum ul_kind kind) {
     if (child == 0) {
         ul_fdmon_after_fork_in_child(mon);
         CHECK(fcntl(parents, F_GETFD) < 0);
+        int before = open_descriptors();
+        ul_fdmon_wake_host(mon); /* nobody has asked yet */
+        CHECK(open_descriptors() == before);
         CHECK(ask());
         CHECK(prepare(start + 30 * MS) >= 0);
         CHECK(is_woken(SOON) && now_ns() >= start + 30 * MS);
@@ -514,6 +560,19 @@ static void a_timer_that_the_application_has_closed_is_made_anew_and_its_number_
     }
 }
 
+/* A forked child's, say: the entry of the epoll set outlives the number, and nobody can take it out. */
+static void a_closed_timer_of_which_there_is_a_copy_does_not_keep_the_host_awake(enum ul_kind kind) {
+    ul_fdmon *mon = open_hosted(kind);
+    int64_t wake_ns = now_ns() + 10 * MS;
+    CHECK(prepare(wake_ns) == 0);
+    int copy = dup_cloexec(mon->timerfd);
+    close(mon->timerfd);
+    check_woken_at(wake_ns);
+    settle();
+    close_monitor(mon);
+    close(copy);
+}
+
 static void without_a_descriptor_for_the_host_the_call_says_so(enum ul_kind kind) {
     ul_fdmon *mon = open_monitor(kind);
     struct rlimit before, none;
@@ -559,15 +618,13 @@ static void a_host_and_its_time_survive_a_downgrade(enum ul_kind kind) {
         if (way < 2)
             CHECK(prepare(wake_ns) == 0);
         on_enter = moods[way];
-        on_epoll_pwait2 = refuse_epoll;
-        CHECK(ul_fdmon_update(mon, other.ours, UL_READ) == 0);
+        on_epoll_pwait2 = kind == UL_EPOLL ? refuse_epoll : NULL;
         if (way > 0)
-            CHECK(prepare(wake_ns) == 1 && is_woken(SOON));
-        if (way == 1)
-            on_epoll_pwait2 = NULL;
-        CHECK(ul_fdmon_turn(mon, 0, out, 4) == UL_DOWNGRADED);
-        CHECK(is_woken(SOON)); /* the old one, for once */
+            CHECK(ul_fdmon_update(mon, other.ours, UL_READ) == 0 && prepare(wake_ns) == 1 && is_woken(SOON));
+        CHECK(ul_fdmon_turn(mon, way == 0, out, 4) == UL_DOWNGRADED);
+        CHECK(way == 1 || is_woken(SOON)); /* the old one, for once; or it has woken the host to this turn */
         believe_the_kernel();
+        CHECK(ul_fdmon_update(mon, other.ours, UL_READ) == 0);
         CHECK(ask());
         CHECK(prepare(wake_ns) == 0 && !is_woken(0));
         check_woken_at(wake_ns);
@@ -588,7 +645,9 @@ TESTS(TEST(a_host_is_told_what_to_poll_and_when_that_changes, ON_ALL),
       TEST(a_watch_of_what_is_ready_is_due_at_once_or_wakes_the_host, ON_ALL),
       TEST(nothing_stays_in_the_queue_of_a_host_that_sleeps, ON_ALL),
       TEST(a_send_that_was_prepared_leaves_and_its_end_wakes_the_host, ON_IO_URING),
-      TEST(what_had_no_room_keeps_the_host_awake, ON_ALL), TEST(a_host_is_woken_on_demand_and_nobody_else_is, ON_ALL),
+      TEST(a_host_that_sleeps_leaves_the_kernel_every_buffer, ON_IO_URING), TEST(what_had_no_room_keeps_the_host_awake, ON_ALL),
+      TEST(a_host_is_woken_on_demand_and_nobody_else_is, ON_ALL),
+      TEST(a_wake_up_that_ended_a_wait_does_not_hide_the_next_one, ON_EPOLL),
       TEST(a_host_is_woken_at_its_time_and_not_before, ON_ALL), TEST(a_time_that_is_past_is_due_now, ON_ALL),
       TEST(an_earlier_time_takes_the_place_of_a_later_one, ON_ALL),
       TEST(a_later_time_costs_at_most_the_wake_up_of_the_earlier_one, ON_ALL),
@@ -598,5 +657,6 @@ TESTS(TEST(a_host_is_told_what_to_poll_and_when_that_changes, ON_ALL),
       TEST(nothing_is_prepared_while_another_thread_waits, ON_ALL), TEST(a_child_has_a_time_of_its_own, ON_ALL),
       TEST(a_monitor_closed_with_a_time_ahead_leaves_a_ring_without_it, ON_IO_URING),
       TEST(a_timer_that_the_application_has_closed_is_made_anew_and_its_number_left_alone, ON_EPOLL | ON_POLL),
+      TEST(a_closed_timer_of_which_there_is_a_copy_does_not_keep_the_host_awake, ON_EPOLL),
       TEST(without_a_descriptor_for_the_host_the_call_says_so, ON_ALL),
       TEST(a_host_and_its_time_survive_a_downgrade, ON_IO_URING | ON_EPOLL))

@@ -44,6 +44,7 @@ include "stream.pxi"
 include "accept.pxi"
 include "sock.pxi"
 include "datagram.pxi"
+include "guard.pxi"
 
 # "Exception in callback X._call_connection_lost()": X is what programs and logs know from asyncio.
 (<PyTypeObject *>StreamTransport).tp_name = "asyncio.selector_events._SelectorSocketTransport"

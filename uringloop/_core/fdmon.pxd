@@ -28,6 +28,7 @@ cdef extern from "fdmon.h" nogil:
     int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
     int ul_fdmon_prepare(ul_fdmon *mon, int64_t wake_ns)
     void ul_fdmon_wake_host(ul_fdmon *mon)
+    void ul_fdmon_end_hosting(ul_fdmon *mon)
     int ul_fdmon_send(ul_fdmon *mon, int fd, const void *pieces, int count)  # of struct iovec
     int ul_fdmon_cancel_send(ul_fdmon *mon, int fd)
     int ul_fdmon_forget(ul_fdmon *mon, int fd)

@@ -559,6 +559,8 @@ cdef class LoopCore:
 
     def _host(self, bint hosted):
         self._hosted, self.host_waits = hosted, False
+        if not hosted:
+            ul_fdmon_end_hosting(self.monitor)
 
     cdef int wake_host(self) except -1:
         """Something was queued by a callback of the host's: it may have looked at its descriptors already."""
@@ -568,36 +570,54 @@ cdef class LoopCore:
 
     def _prepare_host(self):
         """Has the host woken when a pass is due. Whether that is now."""
-        cdef int64_t wake_ns = -1
-        cdef double delay_s
+        try:
+            return self.arm_host()
+        except BaseException:
+            self.wake_host()
+            raise
+
+    cdef bint arm_host(self) except -1:
         if self.in_pass or self.unsent:
             self._before_select()
         if not self.stepwise:
             self.sweep_timers()
-        if self.ready.count or self._stopping:
-            wake_ns = 0
-        elif PyList_GET_SIZE(self._scheduled):
-            delay_s = self.timer_delay_s()
-            wake_ns = monotonic_ns()  # after the look at the clock: never early
-            if delay_s > 0:  # nan, which sorts anywhere, is due
-                wake_ns += <int64_t>ceil(min(delay_s, SELECT_TIMEOUT_MAX_S) * 1e9)
-        cdef int due = ul_fdmon_prepare(self.monitor, wake_ns)
+        cdef int due = ul_fdmon_prepare(self.monitor, self.wake_ns())
         if due < 0:
             raise self.fdmon.error(due)
         self.host_waits = not due
         return due != 0
 
-    def _is_due(self):
-        """Whether a callback or a timer waits for a pass. What the kernel has shows at its descriptors."""
-        return bool(self.ready.count or self._stopping or self._scheduled and not self.timer_delay_s() > 0)
+    cdef int64_t wake_ns(self) except? -2:
+        cdef double delay_s
+        cdef int64_t now_ns
+        if self.ready.count or self._stopping:
+            return 0
+        if not PyList_GET_SIZE(self._scheduled):
+            return -1
+        delay_s = self.timer_delay_s()
+        now_ns = monotonic_ns()  # after the look at the clock: never early
+        if not delay_s > 0:  # nan, which sorts anywhere, is due
+            return now_ns
+        return now_ns + <int64_t>ceil(min(delay_s, SELECT_TIMEOUT_MAX_S) * 1e9)
 
     cdef double timer_delay_s(self) except? -1:
         return first_due(self._scheduled) - (<double>self.time() if self.stepwise else monotonic())
 
+    def _is_due(self):
+        """Whether a callback or a timer waits for a pass. What the kernel has shows at its descriptors."""
+        return bool(self.ready.count or self._stopping or self._scheduled and not self.timer_delay_s() > 0)
+
     def _dispatch_host(self):
-        """One pass, without waiting."""
+        """One pass, without waiting. No signal handler runs between the pass and what wakes the host for the next."""
         self.host_waits = False
-        self._run_once()
+        try:
+            self._run_once()
+        finally:
+            self._prepare_host()
+
+    def _send_what_waits(self):
+        """A main loop that a callback has opened sleeps: the callback's writes go before."""
+        self.send_what_waits()
 
     # -- sock_recv() and its kin: see sock.pxi --
 
