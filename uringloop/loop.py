@@ -273,7 +273,8 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
             number = self._csock.fileno()  # type: ignore[attr-defined]
             other = signal.set_wakeup_fd(number, warn_on_full_buffer=False)
             if other not in (-1, number) and not self._signal_handlers:  # type: ignore[attr-defined]
-                signal.set_wakeup_fd(other)
+                with contextlib.suppress(OSError):  # its owner has closed it
+                    signal.set_wakeup_fd(other)
 
     def _wake_no_more_on_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
