@@ -13,6 +13,7 @@ cdef double SELECT_TIMEOUT_MAX_S = 24 * 3600
 cdef object tuple_new = tuple.__new__
 cdef object run_once_of_asyncio = asyncio.SelectorEventLoop._run_once
 cdef object running_loop = asyncio._get_running_loop
+cdef dict task_names = vars(tasks), future_names = vars(futures)  # somebody may replace Task and Future there
 cdef object create_task_of_asyncio = asyncio.SelectorEventLoop.create_task
 cdef bint tasks_take_options = sys.version_info >= (3, 14)  # before, the loop looks at create_task()'s options
 
@@ -274,16 +275,17 @@ cdef class LoopCore:
 
     @cython.always_allow_keywords(False)
     def create_future(self):
-        return futures.Future() if running_loop() is self else futures.Future(loop=self)
+        future_class = future_names["Future"]
+        return future_class() if running_loop() is self else future_class(loop=self)
 
     def create_task(self, coro, **kwargs):
         if self._debug or self._task_factory is not None or kwargs and (not tasks_take_options or "loop" in kwargs):
             return create_task_of_asyncio(self, coro, **kwargs)
         self.check_open()
-        if kwargs:
+        if running_loop() is not self:
             kwargs["loop"] = self
-            return PyObject_Call(tasks.Task, (coro,), kwargs)
-        return tasks.Task(coro) if running_loop() is self else tasks.Task(coro, loop=self)
+        task_class = task_names["Task"]
+        return PyObject_Call(task_class, (coro,), kwargs) if kwargs else task_class(coro)
 
     # -- the turn --
 
