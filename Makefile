@@ -139,7 +139,7 @@ ASAN_LIBRARIES = $(foreach name,asan ubsan,$(shell $(CC) -print-file-name=lib$(n
 ASAN_ENVIRONMENT = LD_PRELOAD="$(ASAN_LIBRARIES)" PYTHONMALLOC=malloc URINGLOOP_TEST_SANITIZED=1 \
   ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:log_path=$(CURDIR)/$(ASAN)/found \
   UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(ASAN)/found
-ASAN_COPY = tar -c --exclude='*.so' --exclude=__pycache__ ffi tests examples uringloop setup.py pyproject.toml README.md LICENSE \
+ASAN_COPY = tar -c --exclude='*.so' --exclude=__pycache__ docs examples ffi tests uringloop setup.py pyproject.toml README.md LICENSE \
   | tar -x -C $(ASAN_TREE)
 
 # pip keeps what it builds, whatever the flags: PyGObject is built before them, in the other environment.
@@ -155,7 +155,7 @@ $(ASAN_MADE): $(INSTALLED) $(SOURCES)
 test-asan: PYTEST = cd $(ASAN_TREE) && $(ASAN_ENVIRONMENT) ../venv/bin/python -m pytest
 test-asan: TESTS = $(ASAN_TESTS)
 test-asan: $(ASAN_MADE)
-	rm -rf $(ASAN_TREE)/{tests,examples} $(ASAN)/found*
+	rm -rf $(ASAN_TREE)/{docs,examples,tests} $(ASAN)/found*
 	$(ASAN_COPY)
 	cd $(ASAN_TREE) && $(ASAN_ENVIRONMENT) ../venv/bin/python -c 'import uringloop.loop, pathlib; \
 	  maps = pathlib.Path("/proc/self/maps").read_text(); assert "libasan" in maps and "$(ASAN_TREE)" in maps'
