@@ -9,7 +9,8 @@
 #   make lint | types | test-c | test-python | test-slow | test-asan | test-wheel | test-matrix | format | clean
 #
 #   PYTHON=python3.12   the interpreter; each chosen one gets an environment of its own, .venv-3.12
-#   EXTRAS=dev,hosts    GLib and Qt for the tests that run in them, which skip otherwise (what it needs of Debian: .ci/run)
+#   EXTRAS=dev,hosts    GLib and Qt for the tests that run in them, which skip otherwise; .ci/run has the list of Debian
+#                       packages that they want
 #   PYTHONS="..."       the interpreters of test-matrix, by default all of 3.11+ on PATH and in pyenv
 #   JOBS=2              test processes;  TESTS="tests/test_cli.py -k doctor"  which tests
 

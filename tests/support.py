@@ -84,7 +84,7 @@ def require(what: str, statement: str) -> None:
     """Skip the test, or the module, where Python cannot run the statement; fail it in our CI."""
     if (failure := _failure_of(statement)) is None:
         return
-    reason = f"{what} cannot be used here ({failure}); `make test EXTRAS=dev,hosts` installs it"
+    reason = f"{what} cannot be used here ({failure}); EXTRAS in the Makefile says what to do"
     if os.environ.get("CI"):
         pytest.fail(f"CI must have it: {reason}")
     pytest.skip(reason, allow_module_level=True)

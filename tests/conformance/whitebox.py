@@ -3,6 +3,8 @@
 The promise: each stands here with its reason, is white-box (it reads or mocks `_ready`,
 `_scheduled`, `_selector`, `_run_once` or an internal of the stock selector transport), and still
 fails on uringloop on every Python it is listed for; test_conformance.py runs them to check.
+In GLib's main loop nothing more is left out; test_selectors and the modules of `NO_LOOP_OF_OURS` do
+not run there, because they have no loop that could wait in it.
 `FLAKY` is another matter: tests that fail now and then on stock asyncio as well. They run like the
 others, but each gets one second try, alone, and a warning says when it was used.
 """
