@@ -291,6 +291,7 @@ def test_the_loop_overrides_nothing_but_the_turn_transports_and_sock_calls() -> 
         "get_debug",
         "stop",
         "close",
+        "run_forever",
         "remove_signal_handler",
         "is_closed",
         "is_running",

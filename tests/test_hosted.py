@@ -295,6 +295,16 @@ def test_the_loop_counts_as_running_in_the_hosts_callbacks(host: PollHost) -> No
         asyncio.get_running_loop()
 
 
+def test_refusing_to_run_a_running_loop_leaves_it_running(loop: uringloop.EventLoop) -> None:
+    async def main() -> bool:
+        with pytest.raises(RuntimeError, match="already running"):
+            loop.run_forever()
+        await asyncio.sleep(0)
+        return loop.is_running() and asyncio.get_running_loop() is loop
+
+    assert run(loop, main())
+
+
 def test_stop_ends_it_and_says_so_once(host: PollHost) -> None:
     loop = host.hosted.loop
     ran: list[str] = []

@@ -239,6 +239,14 @@ class EventLoop(_core.LoopCore, asyncio.SelectorEventLoop):
             transport._ssl_protocol.max_size = _TLS_READ_MAX_BYTES
         return transport
 
+    def run_forever(self) -> None:
+        """As asyncio's. That of CPython 3.13 takes down the state of a loop that runs already, and
+        then refuses to run it.
+        """
+        self._check_closed()  # type: ignore[attr-defined]
+        self._check_running()  # type: ignore[attr-defined]
+        super().run_forever()
+
     # What run_forever() does before its first pass and after its last one; hosted.py
 
     def _begin_hosting(self) -> None:
