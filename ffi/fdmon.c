@@ -490,11 +490,12 @@ int ul_fdmon_turn(ul_fdmon *mon, int64_t timeout_ns, ul_event *out, int out_max)
         if (mon->ready_live == 0 || mon->ready_live < (size_t)out_max || mon->sends_queued) {
             ul_host_begin_turn(mon);
             timeout_ns = mon->ready_live ? 0 : timeout_ns;
-            if (timeout_ns != 0 && mon->poll_max_ns > 0)
+            if (timeout_ns != 0 && mon->poll_max_ns > 0) {
                 ret = ul_polling_wait(mon, timeout_ns);
-            else
+            } else {
+                mon->looked_since_ns = 0;
                 ret = timeout_ns != 0 || mon->ops->need_wait(mon) ? ul_fdmon_wait(mon, timeout_ns) : 0;
-            mon->looked_since_ns = timeout_ns != 0 ? mon->looked_since_ns : 0;
+            }
         }
         if (ret >= 0)
             ret = mon->ops->dispatch(mon, out, out_max);

@@ -328,16 +328,20 @@ cdef class LoopCore:
             heap_pop(heap)._scheduled = False
         return 0
 
-    cdef int64_t timeout_ns(self) except? -2:
-        cdef double timeout_s
-        if self.ready.count or self._stopping or self._hosted:
+    cdef inline int64_t timeout_ns(self) except? -2:
+        return 0 if self._hosted else self.due_in_ns()
+
+    cdef int64_t due_in_ns(self) except? -2:
+        """When the next pass is due; 0 is now, -1 never."""
+        cdef double delay_s
+        if self.ready.count or self._stopping:
             return 0
         if not PyList_GET_SIZE(self._scheduled):
             return -1
-        timeout_s = first_due(self._scheduled) - monotonic()
-        if not timeout_s > 0:  # nan, which sorts anywhere, is due
+        delay_s = first_due(self._scheduled) - (<double>self.time() if self.stepwise else monotonic())
+        if not delay_s > 0:  # nan, which sorts anywhere, is due
             return 0
-        return <int64_t>ceil((timeout_s if timeout_s < SELECT_TIMEOUT_MAX_S else SELECT_TIMEOUT_MAX_S) * 1e9)
+        return <int64_t>ceil((delay_s if delay_s < SELECT_TIMEOUT_MAX_S else SELECT_TIMEOUT_MAX_S) * 1e9)
 
     cdef int poll(self, int64_t timeout_ns) except -1:
         cdef ul_event events[EVENTS_PER_TURN]
@@ -583,31 +587,18 @@ cdef class LoopCore:
             self._before_select()
         if not self.stepwise:
             self.sweep_timers()
-        cdef int due = ul_fdmon_prepare(self.monitor, self.wake_ns())
+        cdef int64_t wake_ns = self.due_in_ns()
+        if wake_ns > 0:
+            wake_ns += monotonic_ns()  # after the look at the clock: never early
+        cdef int due = ul_fdmon_prepare(self.monitor, wake_ns)
         if due < 0:
             raise self.fdmon.error(due)
         self.host_waits = not due
         return due != 0
 
-    cdef int64_t wake_ns(self) except? -2:
-        cdef double delay_s
-        cdef int64_t now_ns
-        if self.ready.count or self._stopping:
-            return 0
-        if not PyList_GET_SIZE(self._scheduled):
-            return -1
-        delay_s = self.timer_delay_s()
-        now_ns = monotonic_ns()  # after the look at the clock: never early
-        if not delay_s > 0:  # nan, which sorts anywhere, is due
-            return now_ns
-        return now_ns + <int64_t>ceil(min(delay_s, SELECT_TIMEOUT_MAX_S) * 1e9)
-
-    cdef double timer_delay_s(self) except? -1:
-        return first_due(self._scheduled) - (<double>self.time() if self.stepwise else monotonic())
-
     def _is_due(self):
         """Whether a callback or a timer waits for a pass. What the kernel has shows at its descriptors."""
-        return bool(self.ready.count or self._stopping or self._scheduled and not self.timer_delay_s() > 0)
+        return self.due_in_ns() == 0
 
     def _dispatch_host(self):
         """One pass, without waiting. No signal handler runs between the pass and what wakes the host for the next."""
