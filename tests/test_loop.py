@@ -668,7 +668,7 @@ def test_a_server_out_of_descriptors_says_so_goes_on_for_its_clients_and_recover
             assert sock.recv(4) == b"ping"
         out, _ = child.communicate(timeout=10)
     report = json.loads(out)
-    assert set(report["refused"]) == {"socket.accept() out of system resource"}  # once a second
+    assert report["refused"] == ["socket.accept() out of system resource"]
     assert report["turns"] < 1000, "it spun while it had no descriptors"
     assert report["bytes"] == exchanged + 4 * len(asked)
 
